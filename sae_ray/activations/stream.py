@@ -1,0 +1,343 @@
+"""The controller's side of the activation stream: producer actors, leases, and references to blocks.
+
+Tensors stay in the object store. What passes through here are object references and a few numbers per block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from sae_ray.activations.producer import ActivationProducer
+from sae_ray.activations.scheduler import BlockKey, BlockScheduler
+from sae_ray.config import RunConfig
+from sae_ray.corpus.reader import Split
+from sae_ray.errors import UserError
+
+Event = dict[str, Any]
+_RATE_SPAN_S = 30.0
+
+
+@dataclass
+class _Producer:
+    """One slot of the pool and the actor that fills it now; `worker` is new for every actor."""
+
+    slot: int
+    generation: int
+    actor: Any
+    ready_ref: ray.ObjectRef
+    started: float
+    info: dict[str, Any] | None = None
+
+    @property
+    def worker(self) -> str:
+        return f"{self.slot}.{self.generation}"
+
+
+@dataclass(frozen=True)
+class _Pending:
+    producer: _Producer
+    key: BlockKey
+    block_ref: ray.ObjectRef
+
+
+class BlockStream:
+    """Blocks in id order, from producers that may die.
+
+    The caller waits on `pending_refs()` together with whatever else it waits for, and hands what is ready to
+    `on_ready`. Nothing here blocks but `start`.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self._cfg = config
+        activations = config.activations
+        self._mix_blocks = activations.mix_blocks
+        self._scheduler = BlockScheduler(activations.window_blocks, activations.lease_timeout_s)
+        self._producers: dict[int, _Producer] = {}
+        self._pending: dict[ray.ObjectRef, _Pending] = {}
+        self._blocks: dict[BlockKey, tuple[ray.ObjectRef, dict[str, Any]]] = {}
+        self._restarts = 0
+        self._totals = dict.fromkeys(("blocks", "tokens", "duplicates", "reissued"), 0)
+        self._seconds = dict.fromkeys(("seconds", "corpus_seconds", "forward_seconds"), 0.0)
+        self._recent: deque[tuple[float, int]] = deque()
+        self._dtype: str | None = None
+        self._d_in: int | None = None
+
+    # -- life -------------------------------------------------------------------------------------------
+
+    def start(self, on_wait: Callable[[str], None] | None = None) -> None:
+        """Start all producers and wait until each has loaded its model.
+
+        Raises:
+            UserError: a producer cannot be placed within `ray.wait_s`, or cannot load the model or corpus.
+        """
+        now = time.monotonic()
+        for slot in range(self._cfg.activations.producers):
+            self._spawn(slot, 0, now)
+        while waiting := [p.ready_ref for p in self._producers.values() if p.info is None]:
+            if on_wait is not None:
+                total = len(self._producers)
+                on_wait(f"{total - len(waiting)} of {total} producers ready")
+            done, _ = ray.wait(waiting, timeout=1.0, fetch_local=False)
+            now = time.monotonic()
+            for ref in done:
+                self.on_ready(ref, now)
+            self._check_startup(now)
+
+    def stop(self) -> None:
+        """End all producers and let go of all blocks."""
+        for producer in self._producers.values():
+            with contextlib.suppress(Exception):
+                ray.kill(producer.actor)
+        self._producers.clear()
+        self._pending.clear()
+        self._blocks.clear()
+
+    @property
+    def d_in(self) -> int:
+        if self._d_in is None:
+            raise RuntimeError("no producer is ready: call start() first")
+        return self._d_in
+
+    @property
+    def producers(self) -> list[dict[str, Any]]:
+        """What each live producer reported when it was ready: pid, node_id, dtype, ..."""
+        return [p.info for _, p in sorted(self._producers.items()) if p.info is not None]
+
+    # -- the event loop ---------------------------------------------------------------------------------
+
+    def pump(self, now: float) -> list[Event]:
+        """Hand leases to producers with room, and end producers whose lease has timed out.
+
+        Raises:
+            UserError: producers died or hung more than `activations.max_restarts` times, or a restarted one
+                finds no place within `ray.wait_s`.
+        """
+        events = []
+        for worker, key in self._scheduler.expired(now):
+            producer = next((p for p in self._producers.values() if p.worker == worker), None)
+            if producer is not None:
+                ray.kill(producer.actor)
+                limit = self._cfg.activations.lease_timeout_s
+                reason = f"{key.split} block {key.block_id} took over activations.lease_timeout_s = {limit:g} s"
+                events.append(self._replace(producer, now, reason))
+        self._check_startup(now)
+        # One lease each before anyone gets a second, so that a short window is spread over all.
+        progress = True
+        while progress:
+            progress = False
+            for producer in self._producers.values():
+                if producer.info is None:
+                    continue
+                if (lease := self._scheduler.lease(producer.worker, now)) is not None:
+                    progress = True
+                    meta_ref, block_ref = producer.actor.produce.options(num_returns=2).remote(*lease)
+                    self._pending[meta_ref] = _Pending(producer, lease, block_ref)
+        return events
+
+    def pending_refs(self) -> list[ray.ObjectRef]:
+        starting = [p.ready_ref for p in self._producers.values() if p.info is None]
+        return [*starting, *self._pending]
+
+    def owns(self, ref: ray.ObjectRef) -> bool:
+        return ref in self._pending or any(p.ready_ref == ref for p in self._producers.values())
+
+    def on_ready(self, ref: ray.ObjectRef, now: float) -> list[Event]:
+        """Take in a finished reference of `pending_refs()`. Returns what is worth logging.
+
+        Raises:
+            UserError: from the producer (a bad corpus line, say), or too many producers died.
+        """
+        starting = next((p for p in self._producers.values() if p.ready_ref == ref), None)
+        if starting is not None:
+            return self._on_started(starting, now)
+        pending = self._pending.pop(ref, None)
+        if pending is None:  # of a producer that was replaced in the same round
+            return []
+        try:
+            meta = self._get(ref)
+        except RayActorError as error:
+            return self._on_death(pending.producer, now, error)
+        outcome = self._scheduler.complete(pending.producer.worker, pending.key, now)
+        if outcome != "accepted":
+            self._totals["duplicates"] += 1
+            return [{"what": f"{outcome}_block", "split": pending.key.split, "block_id": pending.key.block_id}]
+        self._blocks[pending.key] = (pending.block_ref, meta)
+        self._totals["blocks"] += 1
+        self._totals["tokens"] += meta["tokens"]
+        for name in self._seconds:
+            self._seconds[name] += meta[name]
+        self._recent.append((now, meta["tokens"]))
+        return []
+
+    # -- train blocks -----------------------------------------------------------------------------------
+
+    def seek(self, window: int) -> None:
+        """Continue with mix window `window`: after a resume, or back to a commit when ranks were rebuilt."""
+        for key in self._scheduler.seek(window * self._mix_blocks):
+            self._blocks.pop(key, None)
+
+    def window_ready(self, window: int) -> bool:
+        return all(self._scheduler.holds(key) for key in self._window(window))
+
+    def window_refs(self, window: int) -> list[ray.ObjectRef]:
+        """References to the block dicts of a mix window, in id order."""
+        return [self._blocks[key][0] for key in self._window(window)]
+
+    def window_tokens(self, window: int) -> int:
+        """Kept tokens of a mix window."""
+        return sum(self._blocks[key][1]["tokens"] for key in self._window(window))
+
+    def trained(self, window: int) -> None:
+        """Drop a mix window's blocks and free their slots."""
+        keys = self._window(window)
+        self._scheduler.trained(key.block_id for key in keys)
+        for key in keys:
+            del self._blocks[key]
+
+    def lost(self, split: Split, block_ids: Iterable[int]) -> None:
+        """Blocks whose objects died with their node; they are computed again."""
+        for block_id in block_ids:
+            key = BlockKey(split, block_id)
+            if self._scheduler.lost(key):
+                self._blocks.pop(key, None)
+                self._totals["reissued"] += 1
+
+    # -- blocks of other splits -------------------------------------------------------------------------
+
+    def fetch(self, split: Split, block_ids: Iterable[int]) -> None:
+        """Ask for blocks outside the stream (evidence, heldout). They are kept until `release`."""
+        self._scheduler.request(BlockKey(split, block_id) for block_id in block_ids)
+
+    def fetched(self, split: Split, block_ids: Iterable[int]) -> bool:
+        return all(self._scheduler.holds(BlockKey(split, block_id)) for block_id in block_ids)
+
+    def fetched_refs(self, split: Split, block_ids: Iterable[int]) -> list[ray.ObjectRef]:
+        return [self._blocks[BlockKey(split, block_id)][0] for block_id in block_ids]
+
+    def release(self, split: Split, block_ids: Iterable[int]) -> None:
+        keys = [BlockKey(split, block_id) for block_id in block_ids]
+        self._scheduler.release(keys)
+        for key in keys:
+            self._blocks.pop(key, None)
+
+    # -- telemetry --------------------------------------------------------------------------------------
+
+    def counters(self) -> dict[str, Any]:
+        """tokens_per_s (all producers, last 30 s; None at first), held, leased, blocks, tokens, duplicates,
+        reissued, restarts, and the producers' summed seconds, corpus_seconds and forward_seconds."""
+        now = time.monotonic()
+        while self._recent and self._recent[0][0] < now - _RATE_SPAN_S:
+            self._recent.popleft()
+        rate = None
+        if len(self._recent) >= 2:
+            # The first block only marks the start of the span.
+            span = max(now - self._recent[0][0], 1e-9)
+            rate = (sum(tokens for _, tokens in self._recent) - self._recent[0][1]) / span
+        return {
+            "tokens_per_s": rate,
+            "held": self._scheduler.n_held,
+            "leased": self._scheduler.n_leased,
+            "restarts": self._restarts,
+            **self._totals,
+            **self._seconds,
+        }
+
+    # -- inside -----------------------------------------------------------------------------------------
+
+    def _window(self, window: int) -> list[BlockKey]:
+        first = window * self._mix_blocks
+        return [BlockKey("train", block_id) for block_id in range(first, first + self._mix_blocks)]
+
+    def _spawn(self, slot: int, generation: int, now: float) -> None:
+        activations = self._cfg.activations
+        remote_class: Any = ray.remote(ActivationProducer)
+        actor = remote_class.options(
+            num_cpus=activations.cpus,
+            num_gpus=activations.gpus,
+            max_restarts=0,
+            runtime_env={"env_vars": _environment(activations.threads)},
+        ).remote(self._cfg.model_dump_json())
+        self._producers[slot] = _Producer(slot, generation, actor, actor.ready.remote(), now)
+
+    def _on_started(self, producer: _Producer, now: float) -> list[Event]:
+        if producer.info is not None:
+            return []
+        try:
+            info = self._get(producer.ready_ref)
+        except RayActorError as error:
+            return self._on_death(producer, now, error)
+        # Producers that round differently would make the numbers depend on who computed a block.
+        if self._dtype not in (None, info["dtype"]):
+            raise UserError(
+                f"model.dtype = {self._cfg.model.dtype}: means {self._dtype} on one node and {info['dtype']} "
+                "on another; name one of them"
+            )
+        self._dtype, self._d_in = info["dtype"], info["d_in"]
+        producer.info = info
+        return [{"what": "producer_ready", "producer": producer.slot, "generation": producer.generation, **info}]
+
+    def _on_death(self, producer: _Producer, now: float, error: Exception) -> list[Event]:
+        if self._producers.get(producer.slot) is not producer:
+            return []
+        return [self._replace(producer, now, str(error).split("\n", 1)[0])]
+
+    def _replace(self, producer: _Producer, now: float, reason: str) -> Event:
+        """Put a new actor into the slot of a dead one and give up the dead one's leases."""
+        reissued = self._scheduler.worker_died(producer.worker)
+        for ref in [ref for ref, pending in self._pending.items() if pending.producer is producer]:
+            del self._pending[ref]
+        self._restarts += 1
+        self._totals["reissued"] += len(reissued)
+        limit = self._cfg.activations.max_restarts
+        if self._restarts > limit:
+            raise UserError(f"producers died {self._restarts} times (activations.max_restarts = {limit}): {reason}")
+        self._spawn(producer.slot, producer.generation + 1, now)
+        return {
+            "what": "producer_died",
+            "producer": producer.slot,
+            "reason": reason,
+            "reissued": [f"{key.split}/{key.block_id}" for key in reissued],
+        }
+
+    def _check_startup(self, now: float) -> None:
+        limit = self._cfg.ray.wait_s
+        late = [p for p in self._producers.values() if p.info is None and now - p.started > limit]
+        if not late:
+            return
+        activations = self._cfg.activations
+        free = ray.available_resources()
+        raise UserError(
+            f"{len(late)} of {activations.producers} producers did not start within ray.wait_s = {limit:g} s; each "
+            f"needs CPU {activations.cpus:g} and GPU {activations.gpus:g} (activations.cpus, activations.gpus), "
+            f"free now: CPU {free.get('CPU', 0):g}, GPU {free.get('GPU', 0):g}"
+        )
+
+    @staticmethod
+    def _get(ref: ray.ObjectRef) -> dict[str, Any]:
+        """A small result; a user's error inside an actor comes out as itself."""
+        try:
+            return ray.get(ref, timeout=60)
+        except RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise UserError(str(error.cause)) from None
+            raise
+
+
+def _environment(threads: int) -> dict[str, str]:
+    """Environment of a producer: thread caps, and the driver's caches."""
+    passed = ("HF_HUB_OFFLINE", "HF_HOME", "HF_HUB_CACHE", "SAE_RAY_CACHE")
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "RAYON_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        **{name: os.environ[name] for name in passed if name in os.environ},
+    }

@@ -1,0 +1,374 @@
+"""The typed run config: YAML in, resolved YAML out, unknown keys refused.
+
+Every section is a pydantic model whose fields carry their unit in the description. `load_config` turns a
+validation failure into one line that names file, key, value and what would be right.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from sae_ray.errors import UserError
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Seconds = Annotated[float, Field(gt=0)]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
+
+
+class RayConfig(Section):
+    address: str = Field(
+        "local",
+        description="local (own Ray), auto (join the one on this machine), host:port, ray://host:port",
+    )
+    local_cpus: Positive | None = Field(None, description="logical CPUs of an own Ray; null counts the machine's")
+    object_store_mb: Positive | None = Field(
+        None, description="object store of an own Ray, MiB; null takes Ray's default"
+    )
+    wait_s: Seconds = Field(
+        300, description="how long any actor may take to start before the run says what it waits for"
+    )
+
+    @field_validator("address")
+    @classmethod
+    def _known_form(cls, value: str) -> str:
+        if value in ("local", "auto") or re.fullmatch(r"(ray://)?[\w.\-\[\]:]+:\d+", value):
+            return value
+        raise ValueError("allowed: local, auto, HOST:PORT or ray://HOST:PORT")
+
+
+class ModelConfig(Section):
+    name: str = Field("smollm2-135m-instruct", description="embedded model, Hugging Face id or folder")
+    dtype: Dtype = Field("auto", description="auto: bfloat16 where the hardware multiplies it natively, else float32")
+    trust_remote_code: bool = False
+
+
+class HookConfig(Section):
+    layer: Annotated[int, Field(ge=0)] = Field(description="0-based transformer layer; later layers are never computed")
+    site: Literal["resid_post", "resid_pre", "attn_out", "mlp_out"] = "resid_post"
+
+    @property
+    def name(self) -> str:
+        """TransformerLens-style hook name, as SAELens writes it into `cfg.json`."""
+        return f"blocks.{self.layer}.hook_{self.site}"
+
+
+class CorpusConfig(Section):
+    kind: Literal["installed-docs", "text", "jsonl", "parquet", "hf"] = "installed-docs"
+    paths: list[str] = Field(default_factory=list, description="files or globs, for text, jsonl and parquet")
+    text_field: str = Field("text", description="field that holds the text, for jsonl, parquet and hf")
+    dataset: str | None = Field(None, description="Hugging Face dataset id, for hf")
+    subset: str | None = None
+    split: str = "train"
+    context_length: Positive = Field(128, description="tokens per sequence")
+    shuffle: bool = Field(True, description="seeded shuffle of the documents (of a buffer of them, for hf)")
+    max_documents: Positive | None = None
+    pack: bool = Field(True, description="join documents end to end; false gives each its own padded sequences")
+
+    @model_validator(mode="after")
+    def _source_given(self) -> CorpusConfig:
+        if self.kind in ("text", "jsonl", "parquet") and not self.paths:
+            raise ValueError(f"corpus.kind {self.kind} needs corpus.paths")
+        if self.kind == "hf" and not self.dataset:
+            raise ValueError("corpus.kind hf needs corpus.dataset")
+        return self
+
+
+class ActivationsConfig(Section):
+    producers: Positive = Field(2, description="actors that run the LM forward; their number never changes a loss")
+    block_sequences: Positive = Field(16, description="sequences per block: one forward, one lease")
+    mix_blocks: Positive = Field(4, description="blocks whose tokens are permuted together before batching")
+    window_blocks: Positive = Field(12, description="blocks leased or held and not yet trained, at most")
+    lease_timeout_s: Seconds = 120
+    max_restarts: Positive = Field(10, description="producer deaths before the run gives up")
+    mask_special_tokens: bool = True
+    mask_first_tokens: Annotated[int, Field(ge=0)] = Field(
+        1, description="positions dropped at the start of a sequence (attention sinks)"
+    )
+    cpus: float = Field(0.5, gt=0, description="logical CPUs per producer")
+    gpus: float = Field(0, ge=0)
+    threads: Positive = 1
+
+    @model_validator(mode="after")
+    def _window_holds_two_mixes(self) -> ActivationsConfig:
+        if self.window_blocks < 2 * self.mix_blocks:
+            raise ValueError(
+                f"activations.window_blocks {self.window_blocks} must be at least twice mix_blocks {self.mix_blocks}, "
+                "so that one mix is produced while another is trained"
+            )
+        return self
+
+
+class SAEConfig(Section):
+    architecture: Literal["batchtopk", "topk"] = "batchtopk"
+    d_sae: Positive = 4608
+    k: Positive = Field(32, description="active latents per token (batchtopk: on average)")
+    input_norm: Literal["none", "sqrt_d"] = Field("sqrt_d", description="sqrt_d: scale inputs to mean norm sqrt(d_in)")
+    aux_k: Annotated[int, Field(ge=0)] = Field(
+        64, description="dead latents that AuxK revives per token; 0 turns it off"
+    )
+    aux_coef: Annotated[float, Field(ge=0)] = 1 / 32
+    dead_after_tokens: Positive = Field(100_000, description="a latent silent for this many tokens is dead")
+
+    @model_validator(mode="after")
+    def _k_fits(self) -> SAEConfig:
+        if self.k > self.d_sae:
+            raise ValueError(f"sae.k {self.k} is larger than sae.d_sae {self.d_sae}")
+        return self
+
+
+class TrainerConfig(Section):
+    dp: Positive = 1
+    tp: Positive = 2
+    batch_tokens: Positive = Field(1024, description="tokens per step over all dp ranks")
+    steps: Positive = Field(400, description="steps of the reconstruction phase")
+    lr: Annotated[float, Field(gt=0)] = 4e-4
+    warmup_steps: Annotated[int, Field(ge=0)] = 20
+    decay_fraction: Fraction = Field(
+        0.2, description="last share of the reconstruction phase over which lr falls to lr_final"
+    )
+    lr_final: Annotated[float, Field(ge=0)] = Field(
+        1e-4, description="lr at the end of the reconstruction phase, kept in the RLAIF phase"
+    )
+    betas: tuple[float, float] = (0.9, 0.999)
+    grad_clip: Annotated[float, Field(gt=0)] = 1.0
+    dtype: Literal["float32", "float64"] = "float32"
+    log_every: Positive = 10
+    checkpoint_every: Positive = Field(100, description="steps between commits (taken at the next window's end)")
+    keep_checkpoints: Positive = 2
+    max_restarts: Annotated[int, Field(ge=0)] = Field(3, description="trainer group rebuilds before the run gives up")
+    step_timeout_s: Seconds = Field(600, description="how long a window may train before the run says a rank hangs")
+    cpus: float = Field(0.5, gt=0, description="logical CPUs per rank")
+    gpus: float = Field(0, ge=0)
+    threads: Positive = 1
+
+
+class AutoscalingConfig(Section):
+    min_replicas: Annotated[int, Field(ge=0)] = 1
+    max_replicas: Positive = 1
+    initial_replicas: Positive = 1
+    target_ongoing_requests: Positive = Field(8, description="ongoing calls per replica that autoscaling aims at")
+    max_ongoing_requests: Positive = Field(16, description="ongoing calls a replica accepts")
+    upscale_delay_s: Seconds = 5
+    downscale_delay_s: Seconds = 60
+    upscaling_factor: Annotated[float, Field(gt=0)] = 4
+
+    @model_validator(mode="after")
+    def _ordered(self) -> AutoscalingConfig:
+        if not self.min_replicas <= self.initial_replicas <= self.max_replicas:
+            raise ValueError(
+                f"judge.autoscaling: min_replicas {self.min_replicas} <= initial_replicas {self.initial_replicas} "
+                f"<= max_replicas {self.max_replicas} must hold"
+            )
+        return self
+
+
+class CalibrationConfig(Section):
+    concepts: Positive = Field(12, description="planted concepts, found in the corpus itself")
+    texts_per_concept: Positive = Field(4)
+    min_auroc: Fraction = Field(0.6, description="a judge whose AUROC is not above this with its interval is at chance")
+    seed: int = 0
+
+
+class JudgeConfig(Section):
+    model: str = Field(
+        "smollm2-135m-instruct", description="embedded model, Hugging Face id or folder that vLLM serves"
+    )
+    app: str | None = Field(
+        None, description="a judge application that already serves, shared between runs; null deploys one"
+    )
+    dtype: Dtype = "auto"
+    trust_remote_code: bool = False
+    mode: Literal["auto", "likelihood", "yes_no"] = Field("auto", description="auto: the mode that calibrates best")
+    max_model_len: Positive = 2048
+    context_tokens: Positive = Field(32, description="tokens of a judged text")
+    cpus: float = Field(1, gt=0, description="logical CPUs per replica")
+    gpus: float = Field(0, ge=0)
+    tensor_parallel: Positive = 1
+    threads: Positive = 2
+    kv_cache_gb: Annotated[float, Field(gt=0)] = Field(1, description="KV cache of a CPU replica, GiB")
+    start_timeout_s: Seconds = 300
+    deadline_s: Seconds = Field(120, description="a request that has no answer by then, retries included, is missing")
+    max_attempts: Positive = 5
+    max_in_flight: Positive = Field(8, description="calls one caller keeps open")
+    autoscaling: AutoscalingConfig = AutoscalingConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
+
+
+class RLAIFConfig(Section):
+    enabled: bool = True
+    steps: Positive = Field(200, description="steps of the RLAIF phase, after the reconstruction phase")
+    rounds: Positive = Field(2, description="evidence, explanation and verdict rounds")
+    latents: Positive = Field(32, description="latents judged per round")
+    evidence_blocks: Positive = Field(16, description="blocks of the evidence split that contexts are drawn from")
+    positives: Positive = Field(12, description="judged active contexts per latent and round")
+    near_misses: Annotated[int, Field(ge=0)] = 6
+    siblings: Annotated[int, Field(ge=0)] = 6
+    randoms: Annotated[int, Field(ge=0)] = 6
+    explainer_examples: Positive = Field(8, description="active contexts shown to the explainer, never judged")
+    candidates: Positive = Field(
+        2, description="explanations from the language model that compete, besides the lexical one"
+    )
+    estimator: Literal["teacher_gate", "bank_gate"] = "teacher_gate"
+    gamma: Annotated[float, Field(ge=0)] = Field(0.3, description="weight of the credit loss; 0 costs nothing")
+    slope: Annotated[float, Field(gt=0)] = Field(
+        10, description="logit slope of the gate, in units of a latent's threshold"
+    )
+    shrink: Fraction = Field(
+        0.5, description="teacher direction: 1 keeps the SAE's own, 0 the whitened mean difference"
+    )
+    half_life_steps: Positive = Field(400, description="age at which a reward counts half")
+    max_staleness_steps: Positive = Field(
+        60, description="steps the trainer may run ahead of a requested round before it waits for the rewards"
+    )
+    round_timeout_s: Seconds = Field(900, description="how long a round may take before the run says the judges hang")
+    max_context_share: Fraction = Field(0.5, description="latents active in more contexts than this are not judged")
+    control: bool = Field(False, description="train a copy with gamma 0 on the same batches, to compare with")
+
+
+class EvaluationConfig(Section):
+    blocks: Positive = Field(8, description="held-out blocks for FVU, L0, dead latents and detection contexts")
+    ce_sequences: Positive = Field(16, description="held-out sequences for the CE loss recovered")
+    latents: Annotated[int, Field(ge=0)] = Field(
+        32, description="latents whose detection is measured, the RLAIF-judged ones first; 0 asks no judge"
+    )
+    positives: Positive = 10
+    negatives: Positive = 10
+    random_directions: Annotated[int, Field(ge=0)] = Field(16, description="latents of the random-direction null")
+    threads: Positive = 2
+    timeout_s: Seconds = Field(1800, description="how long an evaluation may take before the run says it hangs")
+
+
+class RunConfig(Section):
+    """One run: everything that decides its numbers, and where it runs."""
+
+    name: str
+    seed: int = 0
+    runs_dir: str = "runs"
+    ray: RayConfig = RayConfig()
+    model: ModelConfig = ModelConfig()
+    hook: HookConfig
+    corpus: CorpusConfig = CorpusConfig()
+    activations: ActivationsConfig = ActivationsConfig()
+    sae: SAEConfig = SAEConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    judge: JudgeConfig = JudgeConfig()
+    rlaif: RLAIFConfig = RLAIFConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", value):
+            raise ValueError(
+                "a run name is 1 to 100 letters, digits, '.', '_' or '-', and starts with a letter or digit"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _shapes_agree(self) -> RunConfig:
+        if self.sae.d_sae % self.trainer.tp:
+            below = self.sae.d_sae - self.sae.d_sae % self.trainer.tp
+            raise ValueError(
+                f"sae.d_sae {self.sae.d_sae} is not divisible by trainer.tp {self.trainer.tp}; "
+                f"{below} or {below + self.trainer.tp} would be"
+            )
+        if self.corpus.context_length % self.judge.context_tokens:
+            raise ValueError(
+                f"corpus.context_length {self.corpus.context_length} is not a multiple of "
+                f"judge.context_tokens {self.judge.context_tokens}"
+            )
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs_dir) / self.name
+
+    @property
+    def total_steps(self) -> int:
+        return self.trainer.steps + (self.rlaif.steps if self.rlaif.enabled else 0)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read and validate a run config.
+
+    Args:
+        path: YAML file.
+        overrides: `section.key=value` strings, values parsed as YAML, applied over the file.
+    Raises:
+        UserError: the file cannot be read, is not YAML, or a key or value is not allowed.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected a mapping of sections, found {type(raw).__name__}")
+    for item in overrides or []:
+        _apply_override(raw, item)
+    return parse_config(raw, source=str(path))
+
+
+def parse_config(raw: dict[str, Any], source: str) -> RunConfig:
+    """Validate an already parsed mapping; `source` names it in errors."""
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{source}: " + "; ".join(_explain(item, raw) for item in error.errors())) from error
+
+
+def _apply_override(raw: dict[str, Any], item: str) -> None:
+    key, equals, value = item.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {item}: expected section.key=value")
+    *parents, leaf = key.split(".")
+    node = raw
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise UserError(f"--set {item}: {parent} is not a section")
+    try:
+        node[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {item}: the value is not YAML") from error
+
+
+def _explain(item: Any, raw: dict[str, Any]) -> str:
+    """One pydantic error as `key: value: what is wrong, what is allowed`."""
+    key = ".".join(str(part) for part in item["loc"]) or "(whole file)"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "extra_forbidden":
+        allowed = _fields_of(item["loc"][:-1])
+        close = difflib.get_close_matches(str(item["loc"][-1]), allowed, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        return f"{key}: unknown key; {hint}allowed here: {', '.join(allowed)}"
+    if item["type"] == "missing":
+        return f"{key}: is required and missing"
+    value = item["input"]
+    shown = "" if isinstance(value, (dict, BaseModel)) else f" = {value!r}"
+    return f"{key}{shown}: {message}"
+
+
+def _fields_of(path: tuple[Any, ...]) -> list[str]:
+    model: Any = RunConfig
+    for part in path:
+        field = model.model_fields.get(str(part)) if hasattr(model, "model_fields") else None
+        if field is None:
+            return []
+        model = field.annotation
+    return sorted(model.model_fields) if hasattr(model, "model_fields") else []

@@ -1,0 +1,450 @@
+"""The run's top loop. It carries metadata and object references, never a tensor.
+
+| who waits         | for what                          | who unblocks it          | deadline                      |
+|-------------------|-----------------------------------|--------------------------|-------------------------------|
+| a producer        | a lease                           | `BlockStream.pump`       | none: idle is fine            |
+| the stream        | a block                           | a producer, or its death | `activations.lease_timeout_s` |
+| the trainer group | the blocks of the next mix window | `BlockStream`            | the lease's                   |
+| the controller    | a trained window                  | all ranks, or a death    | `trainer.step_timeout_s`      |
+| the RLAIF phase   | a judged round                    | `RewardDesk`             | `rlaif.round_timeout_s`       |
+| the desk          | verdicts                          | the judge pool           | `judge.deadline_s`            |
+
+One thread, one `ray.wait` over everything pending. The trainer runs ahead of a requested judging round by at
+most `rlaif.max_staleness_steps`; then it waits, visibly. Rewards are applied between two windows, and the
+event log says at which step.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from sae_ray.activations.stream import BlockStream
+from sae_ray.config import RunConfig
+from sae_ray.errors import RunInterrupted, UserError
+from sae_ray.judge.deploy import JudgeApp
+from sae_ray.reward.desk import RewardDesk
+from sae_ray.session import Deadline, Interrupt
+from sae_ray.telemetry import Gauges, Progress, RunLog, RunStatus
+from sae_ray.trainer import checkpoint
+from sae_ray.trainer.group import RankDied, TrainerGroup
+from sae_ray.trainer.mixing import Cursor
+from sae_ray.trainer.pipeline import TrainedWindow, WindowPipeline
+
+POLL_S = 1.0
+WINDOWS_IN_FLIGHT = 2
+JUDGE_POLL_S = 2.0
+
+
+@dataclass
+class OpenRound:
+    """A judging round that was requested and has not come back."""
+
+    number: int
+    requested_step: int
+    ref: ray.ObjectRef
+    deadline: Deadline
+
+
+class Controller:
+    """One run, from an idle cluster to its last checkpoint."""
+
+    def __init__(self, config: RunConfig, status: RunStatus, progress: Progress, log: RunLog, interrupt: Interrupt):
+        self.config = config
+        self.status = status
+        self.progress = progress
+        self.log = log
+        self.interrupt = interrupt
+        self.gauges = Gauges(config.name)
+        self.stream = BlockStream(config)
+        self.judge = JudgeApp(config.judge, config.name)
+        self.desk: Any = None
+        self.committed_step = 0
+        self.rounds_done = 0
+        self.generation = 0
+        self.open_round: OpenRound | None = None
+        self.group: TrainerGroup
+        self.pipeline: WindowPipeline
+        self._evidence: list[ray.ObjectRef] = []
+        self._calibration: ray.ObjectRef | None = None
+        self._calibrating = False
+        self._judge_polled = 0.0
+        self._status_ref: ray.ObjectRef | None = None
+        self._rates = RateMeter()
+
+    @property
+    def submitted_step(self) -> int:
+        """Steps handed to the ranks so far."""
+        return self.pipeline.step
+
+    # -- phases ---------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Trains to the last step; every phase can be entered by a resumed run."""
+        config = self.config
+        self.progress.phase("starting", "producers and trainer ranks")
+        self.stream.start(on_wait=self._on_wait)
+        self._start_group()
+        if config.rlaif.enabled and self.submitted_step < config.total_steps:
+            self._start_judging()
+        if self.submitted_step < config.trainer.steps:
+            self.progress.phase("reconstruction", f"{config.trainer.steps} steps")
+            self._train_until(config.trainer.steps)
+            self._commit(pin="reconstruction")
+        if config.rlaif.enabled and self.submitted_step < config.total_steps:
+            self._rlaif_phase()
+        if self.committed_step < self.submitted_step:
+            self._commit(pin="final")
+
+    def _rlaif_phase(self) -> None:
+        config = self.config.rlaif
+        self.progress.phase("evidence", f"{config.evidence_blocks} blocks of the evidence split")
+        self._evidence = self._wait_evidence()
+        self.progress.phase("calibration", "planted items, both verdict modes")
+        self._wait_calibration()
+        if config.control and not self.group.has_control:
+            self.group.fork_control()
+        self.progress.phase("RLAIF", f"{config.steps} steps, {config.rounds} rounds, {config.latents} latents")
+        for number in range(self.rounds_done, config.rounds):
+            start = round_start(self.config, number)
+            self._train_until(start)
+            self._open_round(number)
+            self._train_until(min(start + config.max_staleness_steps, round_start(self.config, number + 1)))
+            self._wait_round()
+        self._train_until(self.config.total_steps)
+
+    # -- training -------------------------------------------------------------------------------------
+
+    def _train_until(self, last_step: int) -> None:
+        """Trains up to and including `last_step`, rebuilding the group if a rank dies."""
+        while self.submitted_step < last_step or len(self.pipeline):
+            try:
+                self._submit_windows(last_step)
+                self._wait_once()
+                if self._commit_due() and self.submitted_step < last_step and not len(self.pipeline):
+                    self._commit()
+            except RankDied as error:
+                self._rebuild(error)
+            if self.interrupt.requested:
+                self._stop_early()
+
+    def _submit_windows(self, last_step: int) -> None:
+        while (
+            self.submitted_step < last_step
+            and len(self.pipeline) < WINDOWS_IN_FLIGHT
+            and not self._commit_due()
+            and self.stream.window_ready(self.pipeline.cursor.window)
+        ):
+            window = self.pipeline.cursor.window
+            self.pipeline.submit(
+                self.stream.window_refs(window),
+                self.stream.window_tokens(window),
+                last_step - self.submitted_step,
+            )
+
+    def _wait_once(self) -> None:
+        """Waits for anything at all, then hands each result to whoever it belongs to."""
+        for event in self.stream.pump(time.monotonic()):
+            self.log.event("stream", **event)
+        pending = [*self.stream.pending_refs(), *self.pipeline.pending_refs()]
+        if self.open_round is not None:
+            pending.append(self.open_round.ref)
+        if self._calibrating:
+            self._poll_judge()
+        if self._calibration is not None:
+            pending.append(self._calibration)
+        done, _ = ray.wait(pending, num_returns=1, timeout=POLL_S, fetch_local=False) if pending else ([], [])
+        now = time.monotonic()
+        for ref in done:
+            if self.open_round is not None and ref == self.open_round.ref:
+                self._apply_round()
+            elif ref == self._calibration:
+                self._finish_calibration()
+            elif self.stream.owns(ref):
+                for event in self.stream.on_ready(ref, now):
+                    self.log.event("stream", **event)
+            elif (trained := self.pipeline.on_ready(ref)) is not None:
+                self._on_window(trained)
+        self.pipeline.check_deadlines()
+        self._show()
+
+    def _on_window(self, trained: TrainedWindow) -> None:
+        if trained.ends_window:
+            self.stream.trained(trained.window)
+        result, status = trained.result, self.status
+        status.trainer_wait_s = trained.wait_seconds
+        rate = result.tokens / max(result.seconds - result.block_wait_seconds, 1e-9)
+        self.log.metrics([row | {"rank_tokens_per_s": rate} for row in result.metrics])
+        status.step = result.last_step
+        status.tokens += result.tokens
+        self._rates.add(result.tokens, result.last_step)
+        if result.metrics:
+            last = result.metrics[-1]
+            status.fvu, status.l0, status.dead_fraction = last["fvu"], last["l0"], last["dead_fraction"]
+
+    def _commit_due(self) -> bool:
+        return self.submitted_step - self.committed_step >= self.config.trainer.checkpoint_every
+
+    def _commit(self, pin: str | None = None) -> None:
+        """Commits a checkpoint; everything submitted has been trained. A pinned one is never pruned."""
+        self.group.save_checkpoint(
+            checkpoints_dir(self.config),
+            self.submitted_step,
+            self.pipeline.cursor,
+            extra={
+                "rounds_done": self.rounds_done,
+                "rewards_applied": self.status.rewards_applied,
+                "tokens": self.status.tokens,
+            },
+            pin=pin,
+        )
+        self.committed_step = self.submitted_step
+        self.log.event("commit", step=self.submitted_step, pin=pin)
+
+    def _stop_early(self) -> None:
+        self.progress.phase("stopping", "committing a checkpoint")
+        while len(self.pipeline):
+            self._wait_once()
+        if self.submitted_step > self.committed_step:
+            self._commit()
+        raise RunInterrupted(
+            f"stopped at step {self.submitted_step} of {self.config.total_steps}; "
+            "the checkpoint is committed, the same command resumes"
+        )
+
+    # -- the trainer group's life ---------------------------------------------------------------------
+
+    def _start_group(self) -> None:
+        """Builds the group from the last commit, or from scratch on the first window's activations."""
+        self.group = TrainerGroup.start(self.config, self.stream.d_in, self.generation, self._on_wait)
+        path = checkpoint.latest(checkpoints_dir(self.config))
+        if path is None:
+            self.pipeline = WindowPipeline(self.config, self.group, Cursor(0, 0), 0)
+            self.committed_step = 0
+            self.stream.seek(0)
+            self._wait_first_window()
+            self.group.build(self.stream.window_refs(0))
+            return
+        manifest = self.group.load_checkpoint(path)
+        step, cursor, extra = manifest["step"], Cursor(*manifest["cursor"]), manifest["extra"]
+        self.pipeline = WindowPipeline(self.config, self.group, cursor, step)
+        self.committed_step = self.status.step = step
+        self.rounds_done = extra["rounds_done"]
+        self.status.rewards_applied, self.status.tokens = extra["rewards_applied"], extra["tokens"]
+        self.stream.seek(cursor.window)
+        self.log.event("resume", step=step, generation=self.generation)
+        if self.generation == 0:
+            self.progress.say(f"resuming at step {step} of {self.config.total_steps}, from {path}")
+
+    def _wait_first_window(self) -> None:
+        deadline = Deadline(
+            self.config.activations.lease_timeout_s * self.config.activations.mix_blocks,
+            "the first mix window of activation blocks",
+        )
+        while not self.stream.window_ready(0):
+            self._wait_once()
+            deadline.check()
+            if self.interrupt.requested:
+                raise RunInterrupted("stopped before training began; nothing to resume")
+
+    def _rebuild(self, error: Exception) -> None:
+        """A dead rank ends its generation: the whole group is rebuilt from the last commit."""
+        self.generation += 1
+        self.log.event("rank_died", error=str(error), generation=self.generation)
+        if self.generation > self.config.trainer.max_restarts:
+            raise UserError(
+                f"trainer ranks died {self.generation} times (trainer.max_restarts = "
+                f"{self.config.trainer.max_restarts}): {error}"
+            ) from error
+        self.progress.say(f"a trainer rank died; rebuilding the group from step {self.committed_step}")
+        self.group.stop()
+        self._start_group()
+        self.log.rewind(self.committed_step)
+
+    # -- judging --------------------------------------------------------------------------------------
+
+    def _start_judging(self) -> None:
+        """Brings up judges and desk beside the reconstruction phase; calibration starts when they are ready."""
+        self.judge.start()
+        self.desk = ray.remote(RewardDesk).options(num_cpus=0, max_concurrency=8).remote(self.config.model_dump_json())
+        self._calibrating = True
+
+    def _poll_judge(self) -> None:
+        """Starts the calibration as soon as a replica serves; a deployment that failed ends the run."""
+        now = time.monotonic()
+        if self._calibration is None and now - self._judge_polled >= JUDGE_POLL_S:
+            self._judge_polled = now
+            if self.judge.ready(timeout=0):
+                self._calibration = self.desk.calibrate.remote()
+
+    def _finish_calibration(self) -> None:
+        assert self._calibration is not None
+        ref, self._calibration = self._calibration, None
+        report = self._get(ref, "judge calibration")
+        self._calibrating = False
+        self.log.event("calibration", **report)
+        self.progress.say(report["summary"])
+        self.status.judge = f"{report['mode']} AUROC {report['auroc']:.2f}"
+
+    def _wait_calibration(self) -> None:
+        limit = self.config.judge.start_timeout_s + self.config.rlaif.round_timeout_s
+        deadline = Deadline(limit, f"the judge {self.config.judge.model} to start and be calibrated")
+        while self._calibrating:
+            self._wait_once()
+            deadline.check()
+            if self.interrupt.requested:
+                self._stop_early()
+
+    def _wait_evidence(self) -> list[ray.ObjectRef]:
+        ids = list(range(self.config.rlaif.evidence_blocks))
+        deadline = Deadline(
+            self.config.activations.lease_timeout_s * len(ids),
+            f"{len(ids)} evidence blocks from the producers",
+        )
+        self.stream.fetch("evidence", ids)
+        while not self.stream.fetched("evidence", ids):
+            self._wait_once()
+            deadline.check()
+            if self.interrupt.requested:
+                self._stop_early()
+        return self.stream.fetched_refs("evidence", ids)
+
+    def _open_round(self, number: int) -> None:
+        ref = self.desk.judge_round.remote(number, self.submitted_step, self.group.rank_handles, self._evidence)
+        self.open_round = OpenRound(
+            number,
+            self.submitted_step,
+            ref,
+            Deadline(self.config.rlaif.round_timeout_s, f"judging round {number}"),
+        )
+        self.log.event("round_requested", round=number, step=self.submitted_step)
+
+    def _wait_round(self) -> None:
+        """The trainer has run ahead as far as it may; the rewards decide when it goes on."""
+        if self.open_round is not None:
+            self.progress.phase("RLAIF", f"step {self.submitted_step}: waiting for round {self.open_round.number}")
+        while self.open_round is not None:
+            self._wait_once()
+            if self.open_round is not None:
+                self.open_round.deadline.check()
+            if self.interrupt.requested:
+                self._stop_early()
+        self.progress.phase("RLAIF", f"round {self.rounds_done} of {self.config.rlaif.rounds} applied")
+
+    def _apply_round(self) -> None:
+        """Installs a round's credit on every rank, between two windows."""
+        assert self.open_round is not None
+        round_, self.open_round = self.open_round, None
+        summary, batch_ref = self._get(round_.ref, f"judging round {round_.number}")
+        self.group.apply_rewards(batch_ref, self._evidence)
+        self.rounds_done = round_.number + 1
+        self.status.rewards_applied += summary["rewards"]
+        self.log.event("rewards_applied", round=round_.number, at_step=self.submitted_step, **summary)
+        self.progress.say(
+            f"round {round_.number + 1}: {summary['verdicts']} verdicts, mean AUROC {summary['mean_auroc']:.3f} "
+            f"(shuffled {summary['mean_shuffled']:.3f}), {summary['rewards']} rewards applied at step "
+            f"{self.submitted_step}"
+        )
+
+    # -- shared ---------------------------------------------------------------------------------------
+
+    def _get(self, ref: ray.ObjectRef, what: str) -> Any:
+        """The value behind a finished ref; a user's error inside an actor comes out as itself."""
+        try:
+            return ray.get(ref, timeout=60)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise error.cause from None
+            raise RuntimeError(f"{what} failed: {error}") from error
+
+    def _on_wait(self, message: str) -> None:
+        self.status.detail = message
+        self.progress.refresh()
+        if self.interrupt.requested:
+            raise RunInterrupted("stopped before training began")
+
+    def _show(self) -> None:
+        status, stream = self.status, self.stream.counters()
+        status.producer_tokens_per_s = stream["tokens_per_s"]
+        status.blocks_held, status.blocks_leased = stream["held"], stream["leased"]
+        status.trainer_tokens_per_s = self._rates.tokens_per_s()
+        steps_per_s = self._rates.steps_per_s()
+        left = self.config.total_steps - status.step
+        status.seconds_left = left / steps_per_s if steps_per_s else None
+        if self.desk is not None:
+            self._poll_desk()
+        for name in Gauges.NAMES:
+            value = getattr(status, name)
+            if value is not None:
+                self.gauges.set(name, value)
+        self.progress.refresh()
+
+    def _poll_desk(self) -> None:
+        """Asks the desk for its counters without ever waiting for the answer."""
+        if self._status_ref is None:
+            self._status_ref = self.desk.progress.remote()
+            return
+        done, _ = ray.wait([self._status_ref], timeout=0)
+        if done:
+            counters = self._get(self._status_ref, "the reward desk")
+            self._status_ref = None
+            self.status.judge_queue, self.status.verdicts = counters["queue"], counters["verdicts"]
+            self.status.verdicts_per_s = counters["verdicts_per_s"]
+            if self._calibrating:
+                self.status.judge = counters["state"]
+
+    def prepare_evaluation(self) -> None:
+        """Frees the trainer's place and the desk; producers and judges stay for the evaluation."""
+        self.group.stop()
+        if self.desk is not None:
+            ray.kill(self.desk)
+            self.desk = None
+
+    def close(self) -> None:
+        """Removes this run from the cluster: actors, placement groups, Serve app."""
+        self.judge.shutdown()
+        if hasattr(self, "group"):
+            self.group.stop()
+        self.stream.stop()
+        if self.desk is not None:
+            ray.kill(self.desk)
+
+
+def checkpoints_dir(config: RunConfig) -> Path:
+    return config.run_dir / "checkpoints"
+
+
+def round_start(config: RunConfig, number: int) -> int:
+    """Step at which judging round `number` is requested; rounds divide the RLAIF phase evenly."""
+    return config.trainer.steps + number * config.rlaif.steps // config.rlaif.rounds
+
+
+class RateMeter:
+    """Tokens and steps per second over the last half minute."""
+
+    SPAN_S = 30.0
+
+    def __init__(self) -> None:
+        self._samples: list[tuple[float, int, int]] = [(time.monotonic(), 0, 0)]
+
+    def add(self, tokens: int, step: int) -> None:
+        now = time.monotonic()
+        self._samples.append((now, self._samples[-1][1] + tokens, step))
+        while len(self._samples) > 2 and self._samples[1][0] < now - self.SPAN_S:
+            self._samples.pop(0)
+
+    def tokens_per_s(self) -> float | None:
+        return self._rate(1)
+
+    def steps_per_s(self) -> float | None:
+        return self._rate(2)
+
+    def _rate(self, column: int) -> float | None:
+        first, last = self._samples[0], self._samples[-1]
+        if len(self._samples) < 3 or last[0] <= first[0]:
+            return None
+        return float((last[column] - first[column]) / (last[0] - first[0]))

@@ -1,0 +1,9 @@
+"""Errors meant for the person who started the run."""
+
+
+class UserError(Exception):
+    """Something the user can put right. The CLI prints its message as one line and exits with code 2."""
+
+
+class RunInterrupted(Exception):
+    """The user asked the run to stop; a checkpoint has been committed."""

@@ -1,0 +1,1 @@
+"""What an SAE is worth, on data it was not trained on."""

@@ -1,0 +1,121 @@
+"""The evaluator: one async actor that measures a run's SAEs where the model and the judges are."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import ray
+import torch
+
+from sae_ray.activations.block import Block
+from sae_ray.config import RunConfig
+from sae_ray.corpus.reader import TokenBlock
+from sae_ray.errors import UserError
+from sae_ray.evaluation.core import ce_recovered, core_metrics
+from sae_ray.evaluation.detection import measure_detection
+from sae_ray.reward.bank import VerdictBank
+from sae_ray.reward.pool_judge import PoolJudge
+from sae_ray.sae.inference import TrainedSAE
+from sae_ray.storage import LocalStorage
+from sae_ray.trainer import checkpoint
+
+# Versions of a run's SAE that are compared: the pinned end of reconstruction, and the two copies after RLAIF.
+BEFORE, RLAIF, CONTROL = "before", "rlaif", "control"
+
+
+def find_versions(config: RunConfig) -> dict[str, TrainedSAE]:
+    """The SAEs of a run folder, by version name. Without an RLAIF phase there is only `before`.
+
+    Raises:
+        UserError: no committed checkpoint, or a corrupt one (the file is named).
+    """
+    folder = config.run_dir / "checkpoints"
+    versions: dict[str, TrainedSAE] = {}
+    for step, path in checkpoint.committed(folder):
+        manifest = checkpoint.read_manifest(path)
+        if manifest["pin"] == "reconstruction" or step <= config.trainer.steps:
+            versions[BEFORE] = _load(path, "main")
+    latest = checkpoint.latest(folder)
+    if latest is None:
+        raise UserError(f"{folder}: holds no committed checkpoint; train the run first")
+    manifest = checkpoint.read_manifest(latest)
+    if manifest["step"] > config.trainer.steps:
+        versions[RLAIF] = _load(latest, "main")
+        if "control" in manifest["copies"]:
+            versions[CONTROL] = _load(latest, "control")
+    return versions
+
+
+def _load(path: Any, which: str) -> TrainedSAE:
+    return TrainedSAE.from_checkpoint(*checkpoint.load_full(path, which))
+
+
+class Evaluator:
+    """Measures the versions of a run; `evaluation.run` makes it an actor."""
+
+    def __init__(self, config_json: str):
+        self.config = RunConfig.model_validate_json(config_json)
+        torch.set_num_threads(self.config.evaluation.threads)
+        self.versions = find_versions(self.config)
+        self._doing = "loading"
+
+    def doing(self) -> str:
+        """What it is at, for the progress line."""
+        return self._doing
+
+    async def core(self, heldout: list[ray.ObjectRef]) -> dict[str, dict[str, Any]]:
+        """FVU, L0, dead share and CE recovered of every version, on held-out blocks."""
+        blocks = [Block.from_numpy_dict(await ref) for ref in heldout]
+        return await asyncio.to_thread(self._core, blocks)
+
+    def _core(self, blocks: list[Block]) -> dict[str, dict[str, Any]]:
+        out: dict[str, dict[str, Any]] = {}
+        for name, sae in self.versions.items():
+            self._doing = f"FVU, L0 and CE of {name}"
+            core = core_metrics(blocks, sae)
+            tokens = first_sequences(blocks, self.config.evaluation.ce_sequences)
+            ce = ce_recovered(self.config.model, self.config.hook, tokens, sae)
+            out[name] = {
+                "fvu": core.fvu, "l0": core.l0, "dead_fraction": core.dead_fraction, "tokens": core.tokens,
+                "ce_clean": ce.clean, "ce_sae": ce.sae, "ce_mean_ablation": ce.mean_ablation,
+                "ce_zero_ablation": ce.zero_ablation, "ce_recovered_mean": ce.recovered_vs_mean,
+                "ce_recovered_zero": ce.recovered_vs_zero, "ce_tokens": ce.tokens,
+            }  # fmt: skip
+        return out
+
+    async def detection(self, evidence: list[ray.ObjectRef], heldout: list[ray.ObjectRef]) -> dict[str, Any]:
+        """Held-out detection of every version with both nulls; the judges must serve.
+
+        Raises:
+            JudgeAtChance: the run has no calibration yet, and no verdict mode of its judge beats chance.
+        """
+        began = time.monotonic()
+        judge = PoolJudge(self.config)
+        bank = VerdictBank(LocalStorage(self.config.run_dir)).read()
+        self._doing = "judge calibration"
+        calibration = await judge.calibrate()
+        judge.preload(bank)
+
+        def say(what: str) -> None:
+            self._doing = what
+
+        stored = [[await ref for ref in refs] for refs in (evidence, heldout)]
+        found = await measure_detection(self.config, self.versions, stored[0], stored[1], bank, judge, say)
+        progress = judge.progress()
+        return found | {
+            "judge": {"model": self.config.judge.model, **{k: calibration[k] for k in ("mode", "auroc")}},
+            "verdicts": progress["verdicts"],
+            "seconds": {"detection": round(time.monotonic() - began, 1)},
+        }
+
+
+def first_sequences(blocks: list[Block], n: int) -> list[TokenBlock]:
+    """Token blocks that together hold the first n sequences."""
+    out, left = [], n
+    for block in blocks:
+        if left > 0:
+            out.append(TokenBlock(block.tokens_SL[:left], block.keep_SL[:left]))
+            left -= len(block.tokens_SL)
+    return out

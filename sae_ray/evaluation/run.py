@@ -1,0 +1,165 @@
+"""`sae-ray evaluate RUN`, and the last phase of a training run: one evaluation, written and printed."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import ray
+from rich.console import Console
+from rich.table import Table
+
+from sae_ray.activations.stream import BlockStream
+from sae_ray.config import RunConfig
+from sae_ray.errors import RunInterrupted, UserError
+from sae_ray.evaluation.evaluator import Evaluator, find_versions
+from sae_ray.judge.deploy import JudgeApp
+from sae_ray.report.render import render_report
+from sae_ray.session import Deadline, Interrupt, ray_session
+from sae_ray.storage import LocalStorage
+from sae_ray.telemetry import Progress, RunStatus
+
+POLL_S = 1.0
+
+
+def evaluate_run(config: RunConfig, verbose: bool = False) -> None:
+    """Evaluates a run folder with its own producers and judges, prints the tables and rewrites the report."""
+    find_versions(config)  # a corrupt or missing checkpoint is found before a cluster is touched
+    status = RunStatus(total_steps=1)
+    progress = Progress(config.name, status)
+    stream, judge = BlockStream(config), JudgeApp(config.judge, config.name)
+    with Interrupt() as interrupt, progress, ray_session(config.ray, verbose):
+        try:
+            progress.phase("starting", "producers")
+            stream.start()
+            evaluate(config, stream, judge, progress, status, interrupt)
+        finally:
+            judge.shutdown()
+            stream.stop()
+    print_results(config, Console())
+
+
+def evaluate(
+    config: RunConfig,
+    stream: BlockStream,
+    judge: JudgeApp,
+    progress: Progress,
+    status: RunStatus,
+    interrupt: Interrupt,
+) -> dict[str, Any]:
+    """Evaluates with a stream and judges that already run; writes `evaluation.json`."""
+    began = time.monotonic()
+    progress.phase("evaluation", "held-out blocks")
+    heldout = _fetch(config, stream, "heldout", config.evaluation.blocks, progress, interrupt)
+    evidence = _fetch(config, stream, "evidence", config.rlaif.evidence_blocks, progress, interrupt)
+    evaluator: Any = ray.remote(Evaluator).options(num_cpus=0, max_concurrency=4).remote(config.model_dump_json())
+    try:
+        progress.phase("evaluation", "FVU, L0, dead latents, CE loss recovered")
+        core = _wait(config, evaluator, evaluator.core.remote(heldout), progress, status, interrupt)
+        result: dict[str, Any] = {"core": core, "detection": {}, "paired": [], "latents": [], "seconds": {}}
+        if config.evaluation.latents:
+            judge.start()
+            progress.phase("evaluation", "waiting for the judge")
+            deadline = Deadline(config.judge.start_timeout_s, f"the judge {config.judge.model} to start")
+            while not judge.ready(timeout=POLL_S):
+                deadline.check()
+                _check(interrupt)
+                progress.refresh()
+            progress.phase("evaluation", "held-out detection")
+            ref = evaluator.detection.remote(evidence, heldout)
+            result |= _wait(config, evaluator, ref, progress, status, interrupt)
+    finally:
+        ray.kill(evaluator)
+    result["seconds"]["all"] = round(time.monotonic() - began, 1)
+    LocalStorage(config.run_dir).write("evaluation.json", json.dumps(result, indent=1).encode())
+    render_report(config.run_dir)
+    return result
+
+
+def _fetch(
+    config: RunConfig, stream: BlockStream, split: Any, n: int, progress: Progress, interrupt: Interrupt
+) -> list[ray.ObjectRef]:
+    ids = list(range(n))
+    stream.fetch(split, ids)
+    deadline = Deadline(config.activations.lease_timeout_s * n, f"{n} {split} blocks from the producers")
+    while not stream.fetched(split, ids):
+        stream.pump(time.monotonic())
+        done, _ = ray.wait(stream.pending_refs(), timeout=POLL_S, fetch_local=False)
+        for ref in done:
+            stream.on_ready(ref, time.monotonic())
+        deadline.check()
+        _check(interrupt)
+        progress.refresh()
+    return stream.fetched_refs(split, ids)
+
+
+def _wait(
+    config: RunConfig, evaluator: Any, ref: ray.ObjectRef, progress: Progress, status: RunStatus, interrupt: Interrupt
+) -> Any:
+    deadline = Deadline(config.evaluation.timeout_s, "the evaluation")
+    asked = evaluator.doing.remote()
+    while True:
+        done, _ = ray.wait([ref], timeout=POLL_S)
+        if done:
+            return _value(ref)
+        if ray.wait([asked], timeout=0)[0]:
+            status.detail = ray.get(asked)
+            asked = evaluator.doing.remote()
+        deadline.check()
+        _check(interrupt)
+        progress.refresh()
+
+
+def _value(ref: ray.ObjectRef) -> Any:
+    try:
+        return ray.get(ref)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise UserError(str(error.cause)) from None
+        raise
+
+
+def _check(interrupt: Interrupt) -> None:
+    if interrupt.requested:
+        raise RunInterrupted("evaluation stopped; `sae-ray evaluate` starts it again")
+
+
+def print_results(config: RunConfig, console: Console) -> None:
+    """The tables of `evaluation.json`."""
+    result = json.loads((config.run_dir / "evaluation.json").read_text(encoding="utf-8"))
+    core = Table(title=f"{config.name}: reconstruction on held-out text")
+    for heading in (
+        "version",
+        "FVU",
+        "L0",
+        "dead",
+        "CE clean",
+        "CE with SAE",
+        "CE recovered (mean abl.)",
+        "(zero abl.)",
+    ):
+        core.add_column(heading, justify="left" if heading == "version" else "right")
+    for name, row in result["core"].items():
+        losses = [_f(row[key]) for key in ("ce_clean", "ce_sae", "ce_recovered_mean", "ce_recovered_zero")]
+        core.add_row(name, _f(row["fvu"]), _f(row["l0"], 1), f"{row['dead_fraction']:.1%}", *losses)
+    console.print(core)
+    detection = Table(title=f"held-out detection, soft AUROC (95% interval over latents), judge {config.judge.model}")
+    for heading in ("version", "AUROC", "interval", "shuffled null", "latents"):
+        detection.add_column(heading, justify="left" if heading == "version" else "right")
+    for name, row in result["detection"].items():
+        interval = f"{_f(row['low'])} to {_f(row['high'])}"
+        name = name.replace("_", " ")
+        detection.add_row(name, _f(row["auroc"]), interval, _f(row["shuffled"]), str(row["n_latents"]))
+    if result["detection"]:
+        console.print(detection)
+    for pair in result["paired"]:
+        console.print(
+            f"{pair['name']}: {_f(pair['difference'])} ({_f(pair['low'])} to {_f(pair['high'])}), "
+            f"paired over {pair['n']} latents"
+        )
+    console.print(f"report: {config.run_dir / 'report.html'}", soft_wrap=True)
+
+
+def _f(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

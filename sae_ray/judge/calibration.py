@@ -1,0 +1,146 @@
+"""A judge is measured before it is believed: AUROC, noise rates and a map to probabilities, per mode.
+
+Planted items (`planting.py`) have known answers. Half of the concepts choose the threshold and fit the Platt map, the
+other half are what is reported. The mode with the higher held-out AUROC judges the run; a judge at chance stops it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from sae_ray.config import JudgeConfig
+from sae_ray.errors import UserError
+from sae_ray.judge.planting import PlantedItem
+from sae_ray.judge.prompts import MODES, PROMPT_VERSION, Mode
+from sae_ray.judge.scores import Estimate, auroc, balanced_accuracy, best_threshold, platt
+
+# Fewer answered items of a class than this say nothing about a mode.
+_LEAST_ITEMS = 4
+
+
+class JudgeAtChance(UserError):
+    """The judge does not tell planted positives from planted negatives; training on it would add noise."""
+
+
+class Scorer(Protocol):
+    """What calibration needs of `client.JudgeClient`."""
+
+    async def score(self, pairs: Sequence[tuple[str, str]], mode: Mode) -> list[float | None]: ...
+
+
+@dataclass(frozen=True)
+class ModeCalibration:
+    """One mode on planted items; rates and AUROC are of held-out items, threshold and Platt map of the others.
+
+    `false_positive` and `false_negative` are at `threshold`; `platt_a`, `platt_b` map a verdict to
+    P(shows it) = sigmoid(a v + b) where both answers are equally common; `missing` counts unanswered items.
+    """
+
+    mode: Mode
+    auroc: Estimate
+    threshold: float
+    false_positive: float
+    false_negative: float
+    platt_a: float
+    platt_b: float
+    items: int
+    missing: int
+    seconds: float
+
+    @property
+    def balanced_accuracy(self) -> float:
+        return 1 - (self.false_positive + self.false_negative) / 2
+
+    def probability(self, verdict: float) -> float:
+        """P(the text shows it | verdict), both answers equally common beforehand."""
+        return 1 / (1 + math.exp(-max(-60.0, min(60.0, self.platt_a * verdict + self.platt_b))))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured, and the mode that it picks."""
+
+    mode: Mode
+    modes: Mapping[Mode, ModeCalibration]
+    prompt_version: str = PROMPT_VERSION
+
+    @property
+    def chosen(self) -> ModeCalibration:
+        return self.modes[self.mode]
+
+    def probability(self, verdict: float) -> float:
+        return self.chosen.probability(verdict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Calibration:
+        modes = {
+            name: ModeCalibration(**{**each, "auroc": Estimate(**each["auroc"])}) for name, each in raw["modes"].items()
+        }
+        return cls(raw["mode"], modes, raw["prompt_version"])
+
+
+async def calibrate(client: Scorer, items: Sequence[PlantedItem], cfg: JudgeConfig) -> Calibration:
+    """Ask the judge about planted items in each mode that `cfg.mode` allows, and pick one.
+
+    Raises:
+        JudgeAtChance: no allowed mode's AUROC is above chance with its interval and at least
+            `judge.calibration.min_auroc`.
+    """
+    wanted: Sequence[Mode] = MODES if cfg.mode == "auto" else (cfg.mode,)
+    measured: dict[Mode, ModeCalibration] = {}
+    for mode in wanted:
+        started = time.monotonic()
+        verdicts = await client.score([(item.text, item.explanation) for item in items], mode)
+        found = measure(mode, items, verdicts, time.monotonic() - started)
+        if found is not None:
+            measured[mode] = found
+    return choose(measured, cfg)
+
+
+def measure(
+    mode: Mode, items: Sequence[PlantedItem], verdicts: Sequence[float | None], seconds: float
+) -> ModeCalibration | None:
+    """One mode's calibration from its verdicts; None when too few were answered."""
+    split: dict[tuple[bool, bool], list[float]] = {(h, p): [] for h in (False, True) for p in (False, True)}
+    for item, verdict in zip(items, verdicts, strict=True):
+        if verdict is not None:
+            split[item.held_out, item.positive].append(verdict)
+    if min(len(values) for values in split.values()) < _LEAST_ITEMS:
+        return None
+    fit_pos, fit_neg, held_pos, held_neg = (
+        split[key] for key in ((False, True), (False, False), (True, True), (True, False))
+    )
+    threshold = best_threshold(fit_pos, fit_neg)
+    _, false_positive, false_negative = balanced_accuracy(held_pos, held_neg, threshold)
+    a, b = platt(fit_pos, fit_neg)
+    return ModeCalibration(
+        mode, auroc(held_pos, held_neg), threshold, false_positive, false_negative, a, b,
+        items=len(held_pos) + len(held_neg), missing=sum(v is None for v in verdicts), seconds=seconds,
+    )  # fmt: skip
+
+
+def choose(measured: Mapping[Mode, ModeCalibration], cfg: JudgeConfig) -> Calibration:
+    """The mode of the highest AUROC, if that is above chance."""
+    if not measured:
+        raise JudgeAtChance(
+            f"judge.model {cfg.model}: answered too few of the planted items to be calibrated; see the judge's log"
+        )
+    best = max(measured.values(), key=lambda each: each.auroc.value)
+    least = cfg.calibration.min_auroc
+    if best.auroc.low <= 0.5 or best.auroc.value < least:
+        told = "; ".join(
+            f"{each.mode} AUROC {each.auroc.value:.2f} [{each.auroc.low:.2f}, {each.auroc.high:.2f}]"
+            for each in measured.values()
+        )
+        raise JudgeAtChance(
+            f"judge.model {cfg.model} is at chance on {best.items} planted items: {told}; above 0.50 with its interval "
+            f"and at least judge.calibration.min_auroc {least:.2f} is needed: use a stronger judge"
+        )
+    return Calibration(best.mode, dict(measured))

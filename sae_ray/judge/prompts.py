@@ -1,0 +1,70 @@
+"""What the judge reads. Text first, so that its KV cache is shared by every explanation judged on it.
+
+A prompt is `head + filler + body`, in tokens. The head is the same for all texts; the filler shifts the body so that
+the last prompt token opens a KV block (see `aligned_prompt`). Where the judge is asked something, corpus text stands
+between delimiters that carry a nonce, which it can hardly contain because the nonce is derived from the text itself.
+Derived, not drawn: the same text must give the same tokens, or its cache could not be shared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+Mode = Literal["likelihood", "yes_no"]
+MODES: tuple[Mode, ...] = ("likelihood", "yes_no")
+
+# Part of every cache key: raise it whenever a prompt below changes, and old verdicts are never mixed with new ones.
+PROMPT_VERSION = "4"
+
+_SYSTEM = "You answer whether a text shows what is described. Answer with one word: Yes or No."
+# Explanations that fit no text in particular; their mean tells how topic-like *any* phrase looks after this text.
+DISTRACTORS = ("sports results", "cooking recipes", "family history", "weather forecast")
+
+
+class Tokenizer(Protocol):
+    """The two calls that prompts need of a Hugging Face tokenizer."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = ...) -> list[int]: ...
+
+    @property
+    def bos_token_id(self) -> int | None: ...
+
+
+def nonce(text: str) -> str:
+    """Four digits that stand in the delimiters around `text`; a pure function of it."""
+    return f"{int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest()) % 10_000:04d}"
+
+
+def likelihood_prompt(text: str) -> tuple[str, str]:
+    """(head, body) after which an explanation is read. The empty text gives the prior of an explanation.
+
+    Without a nonce: nothing here asks the judge to do anything that a text could countermand, and delimiters with one
+    cost a 135M judge 0.04 AUROC on planted items (0.874 against 0.916).
+    """
+    return "", f'Text: "{text}"\nThe topic of this text is'
+
+
+def explanation_continuation(explanation: str) -> str:
+    return " " + explanation.strip().rstrip(".")
+
+
+def yes_no_prompt(text: str, explanation: str) -> tuple[str, str, str]:
+    """(system, shared user part, question): only the question differs between explanations of one text."""
+    mark = nonce(text)
+    shared = f"Text {mark} begins.\n{text}\nText {mark} ends.\n"
+    question = f"Does text {mark} show this: {explanation.strip().rstrip('.')}? Answer Yes or No."
+    return _SYSTEM, shared, question
+
+
+def aligned_prompt(head: Sequence[int], body: Sequence[int], filler: int, block_size: int) -> list[int]:
+    """Tokens of a prompt whose last token is the first of a KV block.
+
+    Then all but one token of the prompt lie in full, shareable blocks, and the position that predicts the continuation
+    does not: vLLM gives no log-probability for a position that it took from its cache (RESEARCH.md section 2). A
+    continuation of fewer than `block_size` tokens ends in the same block, so it never gets cached either, however often
+    it is asked for.
+    """
+    pad = (1 - len(head) - len(body)) % block_size
+    return [*head, *([filler] * pad), *body]

@@ -1,0 +1,67 @@
+"""Rewards: what a latent's verdicts are worth, minus what a shuffled explanation would have got.
+
+The reward of a latent is its soft detection AUROC minus the AUROC of another latent's explanation on the
+same texts (the shuffled null), so a lenient judge earns nothing. Simplicity and causality rewards join here
+with a weight and a log of their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class LatentReward:
+    latent: int
+    explanation: str
+    explainer: str
+    auroc: float
+    standard_error: float
+    shuffled: float
+    interpretability: float  # auroc - shuffled
+    n_verdicts: int
+
+    @property
+    def credit_weight(self) -> float:
+        """How far gradients may trust this explanation, 0 to 1.
+
+        The reward less one standard error, over the largest reward there can be (0.5): an explanation that
+        does not detect its latent teaches nothing.
+        """
+        trusted = min(self.auroc - 0.5, self.interpretability) - self.standard_error
+        return float(np.clip(trusted / 0.5, 0.0, 1.0))
+
+
+def soft_f1(probability: np.ndarray, active: np.ndarray, weight: np.ndarray) -> float:
+    """F1 of graded verdicts at the natural prior.
+
+    Args:
+        probability: judged probability that the explanation holds for each text.
+        active: whether the latent was active there.
+        weight: inverse sampling propensities, so that rare strata do not count as common ones.
+    """
+    hit = float((weight * probability * active).sum())
+    claimed, present = float((weight * probability).sum()), float((weight * active).sum())
+    return 2 * hit / (claimed + present) if claimed + present > 0 else 0.0
+
+
+def choose_explanation(
+    probabilities: list[np.ndarray], active: np.ndarray, weight: np.ndarray, words: list[int]
+) -> int:
+    """Index of the candidate with the best F1 at the natural prior; among near-equals the shorter one wins.
+
+    A probability of NaN is a missing verdict and leaves its text out for that candidate.
+    """
+    keys = []
+    for index, probability in enumerate(probabilities):
+        known = np.isfinite(probability)
+        score = soft_f1(probability[known], active[known], weight[known]) if known.any() else -1.0
+        keys.append((-round(score, 2), words[index], index))
+    return min(keys)[2]
+
+
+def age_weight(age_steps: float, half_life_steps: float) -> float:
+    """A reward counts half after `half_life_steps` trainer steps."""
+    return 0.5 ** (max(0.0, age_steps) / half_life_steps)

@@ -1,0 +1,230 @@
+"""The reward desk: turns the trainer's latents into evidence, verdicts, bank rows and rewards.
+
+An async Ray actor between the trainer ranks and the judge pool. It pulls scans from the ranks and token ids
+from the evidence blocks itself, so that neither passes through the controller, and it never holds up a
+training step: ranks answer a scan between two windows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import numpy as np
+import ray
+
+from sae_ray.config import RunConfig
+from sae_ray.errors import UserError
+from sae_ray.reward.bank import VerdictBank
+from sae_ray.reward.composition import LatentReward
+from sae_ray.reward.contexts import ContextTexts
+from sae_ray.reward.credit import RewardBatch
+from sae_ray.reward.evidence import (
+    POSITIVE,
+    ContextScan,
+    LatentPlan,
+    PlannedVerdict,
+    choose_latents,
+    plan_latent,
+)
+from sae_ray.reward.pool_judge import PoolJudge
+from sae_ray.reward.rounds import Candidate, compete, detect, rewards_of
+from sae_ray.storage import LocalStorage
+
+CHUNK_LATENTS = 8  # latents whose verdicts are committed together: what a crash can lose
+RANDOM_POOL_FACTOR = 16  # random contexts come from a pool of this many per latent quota, shared by all latents
+
+
+class RewardDesk:
+    """One per run, as an actor. `progress()` answers while a round is under way."""
+
+    def __init__(self, config_json: str):
+        self.config = RunConfig.model_validate_json(config_json)
+        self.judge = PoolJudge(self.config)
+        self.bank = VerdictBank(LocalStorage(self.config.run_dir))
+        self._state = "starting"
+        self._explanations: dict[int, str] = {}
+        for row in self.bank.read():
+            if row["chosen"] and row["purpose"] == "score":
+                self._explanations[row["latent"]] = row["explanation"]
+
+    async def calibrate(self) -> dict[str, Any]:
+        """Measures the judge on planted items; the pool must serve.
+
+        Returns:
+            The report that is also written to `calibration.json`.
+        Raises:
+            JudgeAtChance: no verdict mode of this judge beats chance.
+        """
+        self._state = "calibrating"
+        report = await self.judge.calibrate()
+        self._state = report["mode"]
+        self.judge.preload(self.bank.read())
+        return report
+
+    async def judge_round(
+        self, number: int, step: int, ranks: list[Any], evidence: list[ray.ObjectRef]
+    ) -> tuple[dict[str, Any], ray.ObjectRef]:
+        """One round: choose latents, scan, explain, judge, reward.
+
+        Args:
+            step: what the trainer had reached when the round was requested.
+            ranks: the tp ranks that together hold all latents, in latent order.
+            evidence: references to the evidence blocks.
+        Returns:
+            (summary for the log, reference to the `RewardBatch`).
+        """
+        began = time.monotonic()
+        rng = np.random.default_rng([self.config.seed, 7, number])
+        texts = ContextTexts(self.config, [await ref for ref in evidence])
+        latents = await self._latents_of_round(number, ranks, evidence, texts.n_contexts, rng)
+        scan = await self._scan(ranks, evidence, latents)
+        plans = make_plans(self.config, scan, rng)
+        self.judge.bind(texts, scan)
+        rewards, rows = [], []
+        for start in range(0, len(plans), CHUNK_LATENTS):
+            chunk_rewards, chunk_rows = await self._judge_chunk(
+                number, step, plans[start : start + CHUNK_LATENTS], scan, texts, rng
+            )
+            rewards += chunk_rewards
+            rows += chunk_rows
+        if not rewards:
+            raise UserError(
+                f"rlaif: round {number} found no latent that could be judged ({len(latents)} chosen, {len(plans)} "
+                "planned); more evidence_blocks or fewer positives would give each latent more active contexts"
+            )
+        batch = reward_batch(number, step, rewards, rows, self.judge.rates)
+        credited = [reward for reward in rewards if reward.credit_weight > 0]
+        summary = {
+            "judged_at_step": step,
+            "latents": len(rewards),
+            "rewards": len(credited),
+            "verdicts": sum(row["score"] is not None for row in rows),
+            "missing": sum(row["score"] is None for row in rows),
+            "mean_auroc": float(np.mean([reward.auroc for reward in rewards])),
+            "mean_shuffled": float(np.mean([reward.shuffled for reward in rewards])),
+            "seconds": time.monotonic() - began,
+            "usage": self.judge.usage(),
+        }
+        return summary, ray.put(batch)
+
+    def progress(self) -> dict[str, Any]:
+        """Live counters of the judging: queue, verdicts, verdicts per second while judging."""
+        return {"state": self._state, **self.judge.progress()}
+
+    async def _latents_of_round(
+        self, number: int, ranks: list[Any], evidence: list[ray.ObjectRef], n_contexts: int, rng: np.random.Generator
+    ) -> np.ndarray:
+        """The latents of the first round stay under judgement, so that their rewards can be followed."""
+        if number and self._explanations:
+            return np.array(sorted(self._explanations))[: self.config.rlaif.latents]
+        config = self.config.rlaif
+        counts = await asyncio.gather(
+            *(rank.count_contexts.remote(evidence, self.config.judge.context_tokens) for rank in ranks)
+        )
+        need = config.positives + config.explainer_examples
+        return choose_latents(np.concatenate(counts), n_contexts, config.latents, need, config.max_context_share, rng)
+
+    async def _scan(self, ranks: list[Any], evidence: list[ray.ObjectRef], latents: np.ndarray) -> ContextScan:
+        tokens = self.config.judge.context_tokens
+        return ContextScan.merge(
+            await asyncio.gather(*(rank.scan.remote(evidence, tokens, latents.tolist()) for rank in ranks))
+        )
+
+    async def _judge_chunk(
+        self,
+        number: int,
+        step: int,
+        plans: list[LatentPlan],
+        scan: ContextScan,
+        texts: ContextTexts,
+        rng: np.random.Generator,
+    ) -> tuple[list[LatentReward], list[dict[str, Any]]]:
+        column_of = {int(latent): column for column, latent in enumerate(scan.latents)}
+
+        def make_row(
+            plan: LatentPlan,
+            candidate: Candidate,
+            verdict: PlannedVerdict,
+            raw: float | None,
+            *,
+            chosen: bool,
+            purpose: str,
+        ) -> dict[str, Any]:
+            column = column_of[plan.latent]
+            return {
+                "round": number, "sae_step": step, "latent": plan.latent, "explanation": candidate.text,
+                "explainer": candidate.explainer, "chosen": chosen, "purpose": purpose, "context": verdict.context,
+                "text": texts[verdict.context], "kind": verdict.kind, "active": verdict.kind == POSITIVE,
+                "activation": float(scan.act_CN[verdict.context, column]),
+                "token": int(scan.token_CN[verdict.context, column]), "weight": verdict.weight,
+                "judge": self.config.judge.model, "mode": self.judge.mode, "score": raw,
+                "probability": None if raw is None else self.judge.probability(raw),
+            }  # fmt: skip
+
+        choices, rows = await compete(plans, self._explanations, texts, self.judge, make_row)
+        detections, more = await detect(choices, texts, self.judge, make_row, rng)
+        rewards = rewards_of(choices, detections)
+        rows += more
+        if rows:
+            self.bank.append(rows)
+        self._explanations |= {reward.latent: reward.explanation for reward in rewards}
+        return rewards, rows
+
+
+def make_plans(config: RunConfig, scan: ContextScan, rng: np.random.Generator) -> list[LatentPlan]:
+    """Plans for every scanned latent that still has positives on both halves."""
+    settings = config.rlaif
+    kept = np.flatnonzero(np.isfinite(scan.margin_CN).any(axis=1))
+    pool = rng.choice(kept, size=min(len(kept), RANDOM_POOL_FACTOR * max(1, settings.randoms)), replace=False)
+    plans = [
+        plan_latent(
+            scan, column, settings.positives, settings.near_misses, settings.siblings, settings.randoms,
+            settings.explainer_examples, pool, rng,
+        )
+        for column in range(len(scan.latents))
+    ]  # fmt: skip
+    return [plan for plan in plans if _judgeable(plan)]
+
+
+def _judgeable(plan: LatentPlan) -> bool:
+    sides = {(verdict.select, verdict.kind == POSITIVE) for verdict in plan.verdicts}
+    return len(sides) == 4 and bool(plan.explainer)
+
+
+def reward_batch(
+    number: int,
+    step: int,
+    rewards: list[LatentReward],
+    rows: list[dict[str, Any]],
+    rates: tuple[float, float],
+) -> RewardBatch:
+    """What the ranks need of a round: the verdicts on each latent's winning explanation, and how far to trust them."""
+    ordered = sorted(rewards, key=lambda reward: reward.latent)
+    trust = np.array([reward.credit_weight for reward in ordered])
+    winning = {(reward.latent, reward.explanation) for reward in rewards}
+    known = [
+        row
+        for row in rows
+        if row["purpose"] != "shuffled" and row["score"] is not None and (row["latent"], row["explanation"]) in winning
+    ]
+
+    def column(key: str, dtype: Any) -> np.ndarray:
+        return np.array([row[key] for row in known], dtype=dtype)
+
+    return RewardBatch(
+        round=number,
+        sae_step=step,
+        latents=np.array([reward.latent for reward in ordered], dtype=np.int64),
+        # Divided here and summed by the ranks, so that the loss does not depend on how latents are sharded.
+        credit_weight=(trust / max(1, (trust > 0).sum())).astype(np.float32),
+        row_latent=column("latent", np.int64),
+        row_context=column("context", np.int64),
+        row_verdict=(column("probability", np.float32) >= 0.5).astype(np.float32),
+        row_active=column("active", bool),
+        row_weight=column("weight", np.float32),
+        row_token=column("token", np.int64),
+        false_positive_rate=rates[0],
+        false_negative_rate=rates[1],
+    )

@@ -1,0 +1,235 @@
+"""Which texts a latent is judged on: scanning contexts, choosing latents, planning verdicts.
+
+A context is `context_tokens` consecutive positions of one sequence. Contexts of a list of blocks are numbered
+`(block * S + sequence) * (L // context_tokens) + chunk`, so that an index means the same thing on every
+rank. All functions are pure; tensors stay where their caller lives.
+
+Suffixes: T kept tokens, C contexts, N scanned latents, D d_in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+POSITIVE, NEAR_MISS, SIBLING, RANDOM = "positive", "near_miss", "sibling", "random"
+
+
+@dataclass(frozen=True)
+class ContextLayout:
+    """Where each kept token of a list of blocks lies."""
+
+    context_T: torch.Tensor  # int64: context index of each kept token
+    offset_T: torch.Tensor  # int64: position of the token inside its context
+    n_contexts: int
+    context_tokens: int
+
+
+@dataclass(frozen=True)
+class ContextScan:
+    """How strongly each of N latents responds to each of C contexts."""
+
+    latents: np.ndarray  # int64 [N], global latent ids
+    act_CN: np.ndarray  # float32: largest activation after the gate, 0 where inactive
+    margin_CN: np.ndarray  # float32: largest pre-activation minus threshold; -inf where no token is kept
+    token_CN: np.ndarray  # int32: kept-token index (over all blocks) of that largest pre-activation
+
+    @staticmethod
+    def merge(scans: list[ContextScan]) -> ContextScan:
+        """Joins the scans of all tp shards, latents in ascending order."""
+        latents = np.concatenate([scan.latents for scan in scans])
+        order = np.argsort(latents, kind="stable")
+        return ContextScan(
+            latents[order],
+            np.concatenate([scan.act_CN for scan in scans], axis=1)[:, order],
+            np.concatenate([scan.margin_CN for scan in scans], axis=1)[:, order],
+            np.concatenate([scan.token_CN for scan in scans], axis=1)[:, order],
+        )
+
+
+def layout_contexts(
+    blocks: list[tuple[np.ndarray, np.ndarray]], sequences: int, length: int, context_tokens: int
+) -> ContextLayout:
+    """Lays out the contexts of `blocks`.
+
+    Args:
+        blocks: (seq_T, pos_T) of each block, in order.
+        sequences, length: S and L, the same for every block.
+    """
+    chunks = length // context_tokens
+    context, offset = [], []
+    for index, (seq_T, pos_T) in enumerate(blocks):
+        context.append((index * sequences + seq_T.astype(np.int64)) * chunks + pos_T // context_tokens)
+        offset.append(pos_T.astype(np.int64) % context_tokens)
+    return ContextLayout(
+        torch.from_numpy(np.concatenate(context)),
+        torch.from_numpy(np.concatenate(offset)),
+        len(blocks) * sequences * chunks,
+        context_tokens,
+    )
+
+
+def max_per_context(value_TN: torch.Tensor, layout: ContextLayout) -> torch.Tensor:
+    """Largest value of each context, [C, N]; -inf where a context has no kept token."""
+    out_CN = value_TN.new_full((layout.n_contexts, value_TN.shape[1]), -torch.inf)
+    return out_CN.scatter_reduce_(0, layout.context_T[:, None].expand_as(value_TN), value_TN, "amax")
+
+
+def scan_contexts(
+    x_TD: torch.Tensor,
+    layout: ContextLayout,
+    latents: np.ndarray,
+    W_enc_ND: torch.Tensor,
+    b_enc_N: torch.Tensor,
+    b_dec_D: torch.Tensor,
+    threshold_N: torch.Tensor,
+) -> ContextScan:
+    """Responses of N latents to all contexts; `x_TD` is the scaled SAE input."""
+    pre_TN = torch.addmm(b_enc_N - W_enc_ND @ b_dec_D, x_TD.to(W_enc_ND.dtype), W_enc_ND.T)
+    best_CN = max_per_context(pre_TN, layout)
+    is_best_TN = pre_TN == best_CN[layout.context_T]
+    token_T = torch.arange(len(pre_TN), dtype=torch.int64)[:, None]
+    token_CN = torch.zeros(best_CN.shape, dtype=torch.int64).scatter_reduce_(
+        0,
+        layout.context_T[:, None].expand_as(pre_TN),
+        torch.where(is_best_TN, token_T, torch.zeros_like(token_T)),
+        "amax",
+    )
+    active_CN = (best_CN >= threshold_N) & (best_CN > 0)
+    return ContextScan(
+        np.asarray(latents, dtype=np.int64),
+        torch.where(active_CN, best_CN, torch.zeros_like(best_CN)).float().numpy(),
+        (best_CN - threshold_N).float().numpy(),
+        token_CN.to(torch.int32).numpy(),
+    )
+
+
+def choose_latents(
+    counts_M: np.ndarray, n_contexts: int, n: int, need: int, max_share: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Latents to judge: enough active contexts to be judged on, not active everywhere, spread over densities.
+
+    Args:
+        counts_M: contexts in which each latent is active.
+        need: fewest active contexts a latent must have.
+        max_share: largest share of contexts it may be active in.
+    Returns:
+        Sorted global latent ids, at most `n`.
+    """
+    eligible = np.flatnonzero((counts_M >= need) & (counts_M <= max_share * n_contexts))
+    if len(eligible) <= n:
+        return eligible
+    by_density = eligible[np.lexsort((rng.random(len(eligible)), counts_M[eligible]))]
+    strata = np.array_split(by_density, n)
+    return np.sort(np.array([rng.choice(stratum) for stratum in strata]))
+
+
+@dataclass(frozen=True)
+class PlannedVerdict:
+    context: int
+    kind: str
+    weight: float  # inverse sampling propensity: contexts of its stratum that this one stands for
+    select: bool  # True: used to choose the explanation; False: used to score the chosen one
+
+
+@dataclass(frozen=True)
+class LatentPlan:
+    latent: int
+    explainer: list[int]  # contexts shown to the explainer, strongest first; never judged
+    verdicts: list[PlannedVerdict]
+
+
+def plan_latent(
+    scan: ContextScan,
+    column: int,
+    n_positives: int,
+    n_near: int,
+    n_siblings: int,
+    n_random: int,
+    n_explainer: int,
+    random_pool: np.ndarray,
+    rng: np.random.Generator,
+) -> LatentPlan:
+    """Chooses the explainer's examples and the contexts that one latent is judged on.
+
+    Positives are spread over activation quantiles. Negatives are near misses (largest margin under the
+    threshold), contexts of the scanned latent that responds most alike (a sibling's text tells a specific
+    explanation from a broad one), and random ones from a pool shared by all latents (so that the judge
+    reads each text once). Explainer and judged contexts are disjoint.
+    """
+    act_C, margin_C = scan.act_CN[:, column], scan.margin_CN[:, column]
+    kept_C = np.isfinite(margin_C)
+    active = np.flatnonzero(act_C > 0)
+    active = active[np.argsort(-act_C[active], kind="stable")]
+    explainer, rest = _split_for_explainer(active, n_explainer, rng)
+    positives = _spread(rest, n_positives, rng)
+    taken = {*explainer.tolist(), *positives.tolist()}
+
+    inactive = np.flatnonzero((act_C == 0) & kept_C)
+    near_pool = inactive[np.argsort(-margin_C[inactive], kind="stable")][: max(4 * n_near, len(inactive) // 20)]
+    near = _sample(near_pool, n_near, taken, rng)
+    sibling_pool = np.setdiff1d(np.intersect1d(_sibling_contexts(scan, column), inactive), near_pool)
+    siblings = _sample(sibling_pool, n_siblings, taken, rng)
+    far_pool = np.setdiff1d(inactive, np.concatenate([near_pool, sibling_pool]))
+    randoms = _sample(np.intersect1d(random_pool, far_pool), n_random, taken, rng)
+
+    verdicts: list[PlannedVerdict] = []
+    strata = [
+        (positives, POSITIVE, len(active)),
+        (near, NEAR_MISS, len(near_pool)),
+        (siblings, SIBLING, len(sibling_pool)),
+        (randoms, RANDOM, len(far_pool)),
+    ]
+    for contexts, kind, population in strata:
+        weight = population / max(1, len(contexts))
+        verdicts += [PlannedVerdict(int(c), kind, weight, select=index % 2 == 0) for index, c in enumerate(contexts)]
+    return LatentPlan(int(scan.latents[column]), [int(c) for c in explainer], verdicts)
+
+
+def _split_for_explainer(active: np.ndarray, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Half the examples from the top quarter, half from all of it; the rest may be judged."""
+    n = min(n, len(active) // 2)
+    top = active[: max(n, len(active) // 4)]
+    first = rng.choice(top, size=min(len(top), (n + 1) // 2), replace=False) if n else active[:0]
+    others = np.setdiff1d(active, first)
+    second = rng.choice(others, size=n - len(first), replace=False) if n > len(first) else active[:0]
+    chosen = np.concatenate([first, second])
+    in_order = active[np.isin(active, chosen)]
+    return in_order, active[~np.isin(active, chosen)]
+
+
+def _spread(ordered: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
+    """One random element from each of n quantile groups of `ordered`, in random order."""
+    groups = [group for group in np.array_split(ordered, n) if len(group)]
+    chosen = np.array([rng.choice(group) for group in groups], dtype=np.int64)
+    rng.shuffle(chosen)
+    return chosen
+
+
+def _sample(pool: np.ndarray, n: int, taken: set[int], rng: np.random.Generator) -> np.ndarray:
+    free = np.array([c for c in pool.tolist() if c not in taken], dtype=np.int64)
+    chosen = rng.choice(free, size=min(n, len(free)), replace=False)
+    taken.update(chosen.tolist())
+    return chosen
+
+
+def _sibling_contexts(scan: ContextScan, column: int) -> np.ndarray:
+    """Contexts where the scanned latent with the most correlated margins is active."""
+    if scan.margin_CN.shape[1] < 2:
+        return np.empty(0, dtype=np.int64)
+    finite = np.isfinite(scan.margin_CN).all(axis=1)
+    margins = scan.margin_CN[finite]
+    centred = margins - margins.mean(0)
+    norm = np.linalg.norm(centred, axis=0) + 1e-9
+    correlation = (centred.T @ centred[:, column]) / (norm * norm[column])
+    correlation[column] = -np.inf
+    return np.flatnonzero(scan.act_CN[:, int(correlation.argmax())] > 0)
+
+
+def density_matched_threshold(pre_CN: np.ndarray, n_active: np.ndarray) -> np.ndarray:
+    """Thresholds [N] at which column j is active in `n_active[j]` contexts (for random-direction nulls)."""
+    ordered = -np.sort(-pre_CN, axis=0)
+    row = np.clip(n_active, 1, len(ordered)) - 1
+    return ordered[row, np.arange(pre_CN.shape[1])]

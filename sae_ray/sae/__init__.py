@@ -1,0 +1,1 @@
+"""Sparse autoencoders: architectures, losses, initialisation, sparse products, file formats. No Ray here."""

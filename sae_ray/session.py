@@ -1,0 +1,138 @@
+"""Starting or joining Ray, and leaving nothing behind.
+
+An own Ray (`ray.address: local`) is shut down with every process it started. A joined cluster keeps running;
+only this run's actors and Serve app are removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import psutil
+
+from sae_ray.config import RayConfig
+from sae_ray.errors import UserError
+
+CONNECT_TIMEOUT_S = 5.0
+
+
+def check_address(config: RayConfig) -> None:
+    """Fails at once where Ray's own client would retry for minutes.
+
+    Raises:
+        UserError: nothing listens at `ray.address`.
+    """
+    address = config.address.removeprefix("ray://")
+    if config.address in ("local", "auto"):
+        return
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise UserError(f"ray.address = {config.address!r}: cannot be reached: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def ray_session(config: RayConfig, verbose: bool = False) -> Iterator[None]:
+    """Starts or joins Ray for the duration of the block.
+
+    Raises:
+        UserError: the cluster cannot be joined.
+    """
+    check_address(config)
+    import ray
+
+    # Ray's metrics exporter and usage reporting have nobody to talk to in an own, loopback Ray.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    options: dict[str, Any] = {
+        "logging_level": logging.INFO if verbose else logging.ERROR,
+        "log_to_driver": verbose,
+        "namespace": "sae_ray",
+    }
+    own = config.address == "local"
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    if own:
+        options |= {"address": "local", "include_dashboard": False, "num_cpus": config.local_cpus}
+        if config.object_store_mb:
+            options["object_store_memory"] = config.object_store_mb * 2**20
+    else:
+        options["address"] = config.address
+    try:
+        ray.init(**options)
+    except (ConnectionError, TimeoutError) as error:
+        raise UserError(
+            f"ray.address = {config.address!r}: no Ray cluster found there: {_first_line(error)}"
+        ) from error
+    started = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
+    try:
+        yield
+    finally:
+        if own:
+            started = list({*started, *(p for p in psutil.Process().children(recursive=True) if p.pid not in before)})
+        ray.shutdown()
+        if own:
+            _reap(started)
+
+
+def _reap(processes: list[psutil.Process], patience_s: float = 8.0) -> None:
+    """Waits for an own Ray's processes to end, and ends those that do not."""
+    _, alive = psutil.wait_procs(processes, timeout=patience_s)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, alive = psutil.wait_procs(alive, timeout=3)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+class Interrupt:
+    """Turns the first Ctrl-C or SIGTERM into a request to stop; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupt:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+class Deadline:
+    """A wait that knows when it has lasted too long and what it was waiting for."""
+
+    def __init__(self, seconds: float, waiting_for: str):
+        self._ends = time.monotonic() + seconds
+        self._seconds = seconds
+        self._waiting_for = waiting_for
+
+    @property
+    def left_s(self) -> float:
+        return max(0.0, self._ends - time.monotonic())
+
+    def check(self) -> None:
+        if self.left_s == 0:
+            raise UserError(f"waited {self._seconds:.0f} s for {self._waiting_for}; giving up")

@@ -1,0 +1,235 @@
+"""What a person and a dashboard see of a run: metrics files, the event log, live progress.
+
+`RunLog` writes `metrics.jsonl` (one object per logged step), TensorBoard scalars and `events.jsonl` (what was
+leased again, committed, judged and applied, and when). `Progress` shows the run on a terminal, or prints
+plain lines elsewhere. Gauges go to Ray's own metrics endpoint through `ray.util.metrics`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+PLAIN_INTERVAL_S = 10.0
+
+
+class RunLog:
+    """Append-only logs of one run; `resume_at` drops the rows of steps that will be trained again."""
+
+    def __init__(self, run_dir: Path, resume_at: int = 0):
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        self._metrics_path = run_dir / "metrics.jsonl"
+        self._metrics = self._metrics_path.open("a", encoding="utf-8")
+        self._events = (run_dir / "events.jsonl").open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_at + 1 if resume_at else None)
+        self.rewind(resume_at)
+
+    def rewind(self, step: int) -> None:
+        """Drops the metrics of later steps: they will be trained again."""
+        self._metrics.close()
+        kept = [row for row in read_jsonl(self._metrics_path) if row["step"] <= step]
+        self._metrics_path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        self._metrics = self._metrics_path.open("a", encoding="utf-8")
+
+    def metrics(self, rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            self._metrics.write(json.dumps(row) + "\n")
+            for key, value in row.items():
+                if key != "step" and isinstance(value, (int, float)):
+                    self._board.add_scalar(key, value, row["step"])
+        self._metrics.flush()
+
+    def event(self, kind: str, **fields: Any) -> None:
+        self._events.write(json.dumps({"time": round(time.time(), 3), "event": kind, **fields}) + "\n")
+        self._events.flush()
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._events.close()
+        self._board.close()
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSONL file; a last line torn by a crash is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class Gauges:
+    """`sae_ray_*` gauges and counters on Ray's metrics endpoint."""
+
+    # Fields of RunStatus that are exported.
+    NAMES = (
+        "step",
+        "fvu",
+        "l0",
+        "dead_fraction",
+        "trainer_tokens_per_s",
+        "producer_tokens_per_s",
+        "trainer_wait_s",
+        "blocks_held",
+        "blocks_leased",
+        "judge_queue",
+        "verdicts",
+        "verdicts_per_s",
+        "rewards_applied",
+    )
+
+    def __init__(self, run: str):
+        from ray.util.metrics import Gauge
+
+        self._gauges = {
+            name: Gauge(f"sae_ray_{name}", description=f"sae_ray: {name}", tag_keys=("run",)) for name in self.NAMES
+        }
+        for gauge in self._gauges.values():
+            gauge.set_default_tags({"run": run})
+
+    def set(self, name: str, value: float) -> None:
+        self._gauges[name].set(value)
+
+
+@dataclass
+class RunStatus:
+    """The numbers on the screen. None means not known yet."""
+
+    phase: str = "starting"
+    detail: str = ""
+    step: int = 0
+    total_steps: int = 0
+    tokens: int = 0
+    trainer_tokens_per_s: float | None = None
+    producer_tokens_per_s: float | None = None
+    fvu: float | None = None
+    l0: float | None = None
+    dead_fraction: float | None = None
+    trainer_wait_s: float | None = None
+    blocks_held: int = 0
+    blocks_leased: int = 0
+    judge: str = "not started"
+    judge_queue: int = 0
+    verdicts: int = 0
+    verdicts_per_s: float | None = None
+    rewards_applied: int = 0
+    seconds_left: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+class Progress:
+    """Shows a `RunStatus`: a live panel on a terminal, one plain line every few seconds elsewhere."""
+
+    def __init__(self, name: str, status: RunStatus, console: Console | None = None, log: RunLog | None = None):
+        self._name = name
+        self._log = log
+        self._status = status
+        self._console = console or Console()
+        self._started = self._phase_started = time.monotonic()
+        self._last_line = 0.0
+        self._live: Live | None = None
+
+    def __enter__(self) -> Progress:
+        if self._console.is_terminal:
+            self._live = Live(self._panel(), console=self._console, refresh_per_second=4)
+            self._live.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._end_phase()
+        if self._live is not None:
+            self._live.update(self._panel())
+            self._live.__exit__(None, None, None)
+            self._live = None
+
+    def say(self, message: str) -> None:
+        """A line that stays."""
+        elapsed = _clock(time.monotonic() - self._started)
+        self._console.print(Text(f"[{elapsed}] {message}"), soft_wrap=True)
+
+    def phase(self, name: str, detail: str = "") -> None:
+        """Enters a phase (or changes the detail of the one it is in); the log says how long each took."""
+        if self._status.phase != name:
+            self.say(f"{name}{': ' + detail if detail else ''}")
+            self._end_phase()
+        self._status.phase, self._status.detail = name, detail
+        self.refresh(force=False)
+
+    def _end_phase(self) -> None:
+        now = time.monotonic()
+        if self._log is not None:
+            self._log.event("phase", name=self._status.phase, seconds=round(now - self._phase_started, 2))
+        self._phase_started = now
+
+    def refresh(self, force: bool = False) -> None:
+        if self._live is not None:
+            self._live.update(self._panel())
+            return
+        now = time.monotonic()
+        if force or now - self._last_line >= PLAIN_INTERVAL_S:
+            self._last_line = now
+            self.say(self._line())
+
+    def _line(self) -> str:
+        s = self._status
+        parts = [f"{s.phase}", f"step {s.step}/{s.total_steps}"]
+        parts += [f"{label} {value}" for label, value in self._numbers()]
+        return " | ".join(parts)
+
+    def _numbers(self) -> list[tuple[str, str]]:
+        s = self._status
+        numbers = [
+            ("tok/s", _count(s.trainer_tokens_per_s)),
+            ("producers tok/s", _count(s.producer_tokens_per_s)),
+            ("FVU", _number(s.fvu, 3)),
+            ("L0", _number(s.l0, 1)),
+            ("dead", "-" if s.dead_fraction is None else f"{s.dead_fraction:.1%}"),
+            ("blocks held/leased", f"{s.blocks_held}/{s.blocks_leased}"),
+            ("judge", s.judge),
+            ("queue", str(s.judge_queue)),
+            ("verdicts", f"{s.verdicts} ({_number(s.verdicts_per_s, 1)}/s)"),
+            ("rewards", str(s.rewards_applied)),
+            ("left", "-" if s.seconds_left is None else _clock(s.seconds_left)),
+        ]
+        return [(label, value) for label, value in numbers if value != "-"]
+
+    def _panel(self) -> Group:
+        s = self._status
+        elapsed = f"   {_clock(time.monotonic() - self._started)}"
+        title = Text.assemble((f"{self._name} ", "bold"), (s.phase, "cyan"), f"  {s.detail}", (elapsed, "dim"))
+        grid = Table.grid(padding=(0, 2))
+        numbers = self._numbers()
+        for start in range(0, len(numbers), 4):
+            cells = [
+                Text.assemble((f"{label} ", "dim"), (value, "bold")) for label, value in numbers[start : start + 4]
+            ]
+            grid.add_row(*cells)
+        bar = ProgressBar(total=max(1, s.total_steps), completed=s.step, width=60)
+        steps = Text(f"step {s.step}/{s.total_steps}", style="dim")
+        return Group(title, bar, steps, grid)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes:02d}:{rest:02d}"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _count(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}"

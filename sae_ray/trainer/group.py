@@ -1,0 +1,261 @@
+"""The controller's side of the trainer: places dp*tp ranks, connects them, feeds them, commits checkpoints.
+
+Each wait has a deadline and says what it waits for. Ranks never restart on their own: a dead or hanging rank
+surfaces as `RankDied`, and the controller stops the group and starts the next generation from the last
+committed checkpoint.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from sae_ray.config import RunConfig
+from sae_ray.errors import UserError
+from sae_ray.trainer import checkpoint
+from sae_ray.trainer.rank import TrainerRank, WindowResult
+
+POLL_S = 1.0
+NETWORK_ERRORS = ("DistBackendError", "DistNetworkError", "DistStoreError")
+
+
+class RankDied(Exception):
+    """A rank's process ended, lost its peers or hangs: the group must be rebuilt as a new generation."""
+
+
+class TrainerGroup:
+    def __init__(self, config: RunConfig, d_in: int, generation: int):
+        self.config, self.d_in, self.generation = config, d_in, generation
+        self.has_control = False
+        self.pids: list[int] = []  # of the ranks
+        self._ranks: list[Any] = []
+        self._placements: list[PlacementGroup] = []
+
+    # -- life and death -------------------------------------------------------------------------------
+
+    @classmethod
+    def start(
+        cls, config: RunConfig, d_in: int, generation: int, on_wait: Callable[[str], None] = lambda _: None
+    ) -> TrainerGroup:
+        """Reserves the resources, starts the ranks and connects them.
+
+        Args:
+            on_wait: told about once a second what is being waited for; may raise to give up.
+        Raises:
+            UserError: the cluster cannot place the ranks within `ray.wait_s` (missing resources are named).
+            RankDied: a rank ended or did not answer while connecting.
+        """
+        group = cls(config, d_in, generation)
+        try:
+            group._place(on_wait)
+            group._connect(on_wait)
+        except BaseException:
+            group.stop()
+            raise
+        return group
+
+    def stop(self) -> None:
+        """Ends all ranks and frees their resources; safe to call twice."""
+        for rank in self._ranks:
+            ray.kill(rank, no_restart=True)
+        for placement in self._placements:
+            remove_placement_group(placement)
+        self._ranks, self._placements, self.pids = [], [], []
+
+    @property
+    def rank_handles(self) -> list[Any]:
+        """Actors that together hold every latent once, in order of latents."""
+        return self._ranks[: self.config.trainer.tp]
+
+    # -- training -------------------------------------------------------------------------------------
+
+    def build(self, first_window: list[ray.ObjectRef]) -> dict[str, float]:
+        """A new SAE on all ranks, from the first window's blocks. Returns {"input_scale"}."""
+        self.has_control = False
+        return self._all("the SAE to be built", "build", first_window)[0]
+
+    def train_window(
+        self, window: int, start_batch: int, blocks: list[ray.ObjectRef], max_steps: int | None = None
+    ) -> list[ray.ObjectRef]:
+        """Submits the batches of a window from `start_batch` on, at most `max_steps` of them.
+
+        Args:
+            blocks: the window's blocks in id order.
+        Returns:
+            One reference to a `WindowResult` per rank; the window is trained when all are there.
+        """
+        return [rank.train_window.remote(window, start_batch, blocks, max_steps) for rank in self._ranks]
+
+    def window_result(self, pending: list[ray.ObjectRef]) -> WindowResult:
+        """Waits for a window on all ranks; the result of the rank that waited longest for its blocks."""
+        results: list[WindowResult] = self._wait("a window to be trained", pending)
+        return max(results, key=lambda result: result.block_wait_seconds)
+
+    def apply_rewards(self, batch: Any, evidence: list[ray.ObjectRef]) -> list[dict[str, Any]]:
+        """Installs a round's rewards on every rank, after what is in flight.
+
+        Args:
+            batch: a `RewardBatch`, or a reference to one.
+            evidence: the evidence blocks that its context ids refer to.
+        """
+        reference = batch if isinstance(batch, ray.ObjectRef) else ray.put(batch)
+        return self._all("rewards to be installed", "apply_rewards", [reference], evidence)
+
+    def fork_control(self) -> None:
+        """Starts the control copy on every rank."""
+        self._all("the control copy to be forked", "fork_control")
+        self.has_control = True
+
+    # -- checkpoints ----------------------------------------------------------------------------------
+
+    def save_checkpoint(
+        self,
+        folder: str | Path,
+        step: int,
+        cursor: tuple[int, int],
+        extra: dict[str, Any] | None = None,
+        pin: str | None = None,
+    ) -> Path:
+        """Commits `folder/step-N`: all shards, then the manifest; then prunes old checkpoints.
+
+        Args:
+            cursor: (window, batches trained in it), where a resumed run goes on.
+            extra: JSON that comes back in the manifest.
+            pin: a name; a pinned checkpoint is never pruned.
+        """
+        path = checkpoint.step_dir(folder, step)
+        checkpoint.begin(path)
+        reports = self._all(f"{path} to be written", "save", str(path.resolve()))
+        about = {"step": step, "cursor": list(cursor), "pin": pin, "extra": extra or {}}
+        checkpoint.commit(path, checkpoint.manifest_of(self.config, self.d_in, reports, about))
+        checkpoint.prune(folder, self.config.trainer.keep_checkpoints)
+        return path
+
+    def load_checkpoint(self, path: str | Path) -> dict[str, Any]:
+        """Restores all ranks from a committed checkpoint; returns its manifest (`step`, `cursor`, `extra`).
+
+        Raises:
+            UserError: not committed, corrupt (the file is named), or of another SAE.
+        """
+        manifest = self._all(f"{path} to be loaded", "load", str(Path(path).resolve()))[0]
+        self.has_control = "control" in manifest["copies"]
+        return manifest
+
+    # -- starting -------------------------------------------------------------------------------------
+
+    def _place(self, on_wait: Callable[[str], None]) -> None:
+        trainer, wait_s = self.config.trainer, self.config.ray.wait_s
+        need = {"CPU": trainer.cpus} | ({"GPU": trainer.gpus} if trainer.gpus else {})
+        self._placements = [placement_group([need] * trainer.tp, strategy="STRICT_PACK") for _ in range(trainer.dp)]
+        waiting = [placement.ready() for placement in self._placements]
+        ends = time.monotonic() + wait_s
+        while waiting:
+            _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_S)
+            if waiting and time.monotonic() > ends:
+                raise UserError(self._missing(need, trainer.dp - len(waiting)))
+            if waiting:
+                on_wait(f"a place for {len(waiting)} x {trainer.tp} trainer ranks")
+        actor = ray.remote(TrainerRank)
+        self._ranks = [
+            actor.options(
+                num_cpus=trainer.cpus,
+                num_gpus=trainer.gpus,
+                max_restarts=0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(placement, index),
+            ).remote(self.config.model_dump_json(), self.d_in)
+            for placement in self._placements
+            for index in range(trainer.tp)
+        ]
+
+    def _missing(self, need: dict[str, float], placed: int) -> str:
+        trainer = self.config.trainer
+        free, total = ray.available_resources(), ray.cluster_resources()
+        parts = [
+            f"{amount * trainer.tp:g} {name} (free: {free.get(name, 0):g} of {total.get(name, 0):g})"
+            for name, amount in need.items()
+        ]
+        return (
+            f"trainer: {placed} of {trainer.dp} tensor-parallel groups found a place within "
+            f"{self.config.ray.wait_s:g} s (ray.wait_s); each needs on one node {' and '.join(parts)}: "
+            "add a node, or lower trainer.tp, trainer.dp, trainer.cpus or trainer.gpus"
+        )
+
+    def _connect(self, on_wait: Callable[[str], None]) -> None:
+        wait_s, world = self.config.ray.wait_s, len(self._ranks)
+        places = self._all("trainer ranks to start", "node_address", timeout=wait_s, on_wait=on_wait)
+        one_node = len({node for _, node in places}) == 1
+        address, port = ("127.0.0.1" if one_node else places[0][0]), 0
+        if world > 1:
+            opened = [self._ranks[0].open_store.remote(address, world)]
+            port = self._wait("the trainer's rendezvous to open", opened, wait_s)[0]
+        joining = [
+            rank.join.remote(address, port, index, world, self.generation) for index, rank in enumerate(self._ranks)
+        ]
+        self.pids = self._wait(f"{world} trainer ranks to connect", joining, wait_s, on_wait)
+
+    # -- waiting --------------------------------------------------------------------------------------
+
+    def _all(
+        self,
+        what: str,
+        method: str,
+        *args: Any,
+        timeout: float | None = None,
+        on_wait: Callable[[str], None] = lambda _: None,
+    ) -> list[Any]:
+        calls = [getattr(rank, method).remote(*args) for rank in self._ranks]
+        return self._wait(what, calls, timeout, on_wait)
+
+    def _wait(
+        self,
+        what: str,
+        calls: list[ray.ObjectRef],
+        timeout: float | None = None,
+        on_wait: Callable[[str], None] = lambda _: None,
+    ) -> list[Any]:
+        """Results of `calls`; the first failure ends the wait, because the other ranks would hang for it."""
+        # Up to two windows may be queued before the call, each with its own step_timeout_s.
+        timeout = timeout or 3 * self.config.trainer.step_timeout_s
+        ends, waiting, results = time.monotonic() + timeout, list(calls), {}
+        while waiting:
+            done, waiting = ray.wait(waiting, num_returns=1, timeout=POLL_S)
+            for ref in done:
+                results[ref] = self.take(what, ref)
+            if not done:
+                on_wait(what)
+            if waiting and time.monotonic() > ends:
+                raise RankDied(f"waited {timeout:g} s for {what}: {len(waiting)} of {len(calls)} ranks did not answer")
+        return [results[ref] for ref in calls]
+
+    def take(self, what: str, ref: ray.ObjectRef) -> Any:
+        """A rank's finished answer.
+
+        Raises:
+            RankDied: its process, or one that it was talking to, is gone.
+            UserError: what the rank found wrong.
+        """
+        try:
+            return ray.get(ref)
+        except ray.exceptions.RayActorError as error:
+            raise RankDied(f"a trainer rank ended while the group waited for {what}: {error}") from error
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, UserError):
+                raise UserError(str(cause)) from error
+            if _lost_a_peer(cause):
+                raise RankDied(f"a trainer rank lost its peers while the group waited for {what}: {cause}") from error
+            raise
+
+
+def _lost_a_peer(cause: BaseException) -> bool:
+    """Whether a rank failed because another one went away: gloo reports that as a plain RuntimeError."""
+    if type(cause).__name__ in NETWORK_ERRORS:
+        return True
+    text = str(cause).lower()
+    return isinstance(cause, RuntimeError) and ("gloo" in text or "connection" in text or "nccl" in text)

@@ -1,0 +1,328 @@
+"""One process of the trainer group: gathers blocks, calls `ShardedTrainer`, reports what it did.
+
+`TrainerRank` is a plain class; `group.py` makes it an actor. A rank holds the copy "main" and, once forked,
+"control": the same SAE trained on the same batches without a credit.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from sae_ray.activations.block import Block
+from sae_ray.config import RunConfig
+from sae_ray.errors import UserError
+from sae_ray.reward.evidence import ContextScan, layout_contexts, scan_contexts
+from sae_ray.sae.selection import select_above
+from sae_ray.trainer import checkpoint
+from sae_ray.trainer.collectives import Collectives
+from sae_ray.trainer.credit_state import reshard
+from sae_ray.trainer.mesh import Mesh
+from sae_ray.trainer.mixing import Cursor, next_cursor, window_batches
+from sae_ray.trainer.sharded_sae import CreditLoss, ShardedTrainer
+
+if TYPE_CHECKING:
+    from sae_ray.reward.credit import CreditSettings
+
+
+@dataclass(frozen=True)
+class WindowResult:
+    """What one rank did in one `train_window` call. Metrics are the same on every rank."""
+
+    window: int
+    first_step: int  # steps done before the call
+    last_step: int  # steps done after it
+    next_cursor: Cursor
+    finished_window: bool  # the window's blocks are no longer needed
+    tokens: int
+    seconds: float
+    block_wait_seconds: float
+    generation: int
+    metrics: list[dict[str, float]] = field(default_factory=list)
+    collective_bytes: dict[str, int] = field(default_factory=dict)  # since the group started
+
+
+class TrainerRank:
+    def __init__(self, config_json: str, d_in: int):
+        cfg = RunConfig.model_validate_json(config_json)
+        torch.set_num_threads(cfg.trainer.threads)
+        self.cfg, self.d_in = cfg, d_in
+        self.generation = -1
+        self.credit: CreditLoss | None = None
+        self.copies: dict[str, ShardedTrainer] = {}
+        self._device = "cuda" if cfg.trainer.gpus and torch.cuda.is_available() else "cpu"
+
+    # ----------------------------------------------------------------------------- joining
+
+    def node_address(self) -> tuple[str, str]:
+        """(IP address, node id) of the node this rank runs on."""
+        import ray
+
+        return ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id()
+
+    def open_store(self, address: str, world: int) -> int:
+        """Rank 0 opens the rendezvous at a port that the system picks; returns the port."""
+        self._store = dist.TCPStore(address, 0, world, is_master=True, timeout=self._timeout(), wait_for_workers=False)
+        return self._store.port
+
+    def join(self, address: str, port: int, rank: int, world: int, generation: int) -> int:
+        """Enters the process group of `world` ranks; returns when all have."""
+        self.generation = generation
+        if world == 1:
+            mesh = Mesh.alone(self._device)
+        else:
+            # gloo announces the address of the host's name, which inside a container may lead nowhere.
+            if address.startswith("127.") and Path("/sys/class/net/lo").exists():
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            store = getattr(self, "_store", None) or dist.TCPStore(
+                address, port, world, is_master=False, timeout=self._timeout()
+            )
+            backend = "nccl" if self._device == "cuda" else "gloo"
+            dist.init_process_group(
+                backend,
+                store=dist.PrefixStore(f"generation-{generation}", store),
+                rank=rank,
+                world_size=world,
+                timeout=self._timeout(),
+            )
+            mesh = Mesh.connect(self.cfg.trainer.dp, self.cfg.trainer.tp, self._device)
+        self.mesh, self.collectives = mesh, Collectives(mesh)
+        return os.getpid()
+
+    def build(self, first_window_blocks: list[Any]) -> dict[str, float]:
+        """A new SAE, its scale and b_dec taken from these blocks. Returns {"input_scale"}."""
+        acts_TD = _activations(_fetch(first_window_blocks))
+        self.copies = {"main": self._new_trainer()}
+        self.copies["main"].initialise(acts_TD)
+        return {"input_scale": self.copies["main"].input_scale}
+
+    # ----------------------------------------------------------------------------- training
+
+    def train_window(
+        self, window: int, start_batch: int, blocks: list[Any], max_steps: int | None = None
+    ) -> WindowResult:
+        """Trains the batches of a window from `start_batch` on, at most `max_steps` of them.
+
+        Args:
+            blocks: object references of the window's blocks, in id order.
+        Raises:
+            UserError: a block holds a number that is not finite (it is named; nothing was trained).
+        """
+        began = time.perf_counter()
+        fetched = _fetch(blocks)
+        waited = time.perf_counter() - began
+        acts_TD = _activations(fetched)
+        batches = window_batches(window, len(acts_TD), self.cfg.trainer.batch_tokens, self.cfg.seed)
+        todo = batches[start_batch : None if max_steps is None else start_batch + max_steps]
+        first_step = self.copies["main"].steps_done
+        for index_B in todo:
+            low, high = self.mesh.rows(len(index_B))
+            raw_bD = acts_TD[index_B[low:high]]
+            for name, trainer in self.copies.items():
+                trainer.step(raw_bD, len(index_B), self.credit if name == "main" else None)
+        cursor = next_cursor(window, start_batch + len(todo), len(batches))
+        return WindowResult(
+            window,
+            first_step,
+            self.copies["main"].steps_done,
+            cursor,
+            cursor.window > window,
+            sum(len(index_B) for index_B in todo),
+            time.perf_counter() - began,
+            waited,
+            self.generation,
+            self._read_metrics(),
+            dict(self.collectives.bytes),
+        )
+
+    def apply_rewards(self, batch: list[Any], evidence: list[Any]) -> dict[str, Any]:
+        """Fits the credit of a round to this shard's judged latents; it replaces the one before.
+
+        Args:
+            batch: one reference to a `reward.credit.RewardBatch`.
+            evidence: references of the evidence blocks that its context ids refer to.
+        """
+        from sae_ray.reward.credit import ESTIMATORS, LatentState
+
+        main = self.copies["main"]
+        own = _fetch(batch)[0].for_shard(main.first_latent, main.last_latent)
+        self.credit = None  # replaced also where no latent of this shard earns a gradient any more
+        if len(own.latents) and self.cfg.rlaif.gamma > 0:
+            acts_TD, layout = self._with_layout(_fetch(evidence), self.cfg.judge.context_tokens)
+            rows_N = torch.from_numpy(own.latents - main.first_latent).to(self.mesh.device)
+            latents = LatentState(main.W_enc_mD[rows_N], main.b_enc_m[rows_N], main.b_dec_D.clone())
+            estimator = ESTIMATORS[self.cfg.rlaif.estimator]
+            self.credit = estimator.fit(self._credit_settings(), own, latents, main.scaled(acts_TD), layout)
+        return {"latents": len(own.latents), "installed": self.credit is not None, "step": main.steps_done}
+
+    def fork_control(self) -> None:
+        """Starts the control copy from main as it is now, optimiser state included."""
+        self.copies["control"] = self.copies["main"].fork()
+
+    # ----------------------------------------------------------------------------- evidence
+
+    def count_contexts(self, blocks: list[Any], context_tokens: int, which: str = "main") -> np.ndarray:
+        """In how many contexts each latent of this shard is active: int64 [m]."""
+        trainer = self._copy(which)
+        total_m = torch.zeros(len(trainer.b_enc_m), dtype=torch.int64)
+        for block in _fetch(blocks):
+            acts_TD, layout = self._with_layout([block], context_tokens)
+            # The threshold gate, for topk as well: evidence must not need a collective, because its calls and
+            # the windows may reach the ranks in different orders.
+            rows_N, cols_N, _ = select_above(trainer.pre_activations(acts_TD), trainer.threshold)
+            pairs = layout.context_T[rows_N.cpu()] * len(total_m) + cols_N.cpu()
+            total_m += torch.bincount(torch.unique(pairs) % len(total_m), minlength=len(total_m))
+        return total_m.numpy()
+
+    @torch.no_grad()
+    def scan(self, blocks: list[Any], context_tokens: int, latents: list[int], which: str = "main") -> ContextScan:
+        """Responses of those of `latents` that this shard holds, to every context of `blocks`."""
+        trainer = self._copy(which)
+        local = self._local(latents, trainer)
+        acts_TD, layout = self._with_layout(_fetch(blocks), context_tokens)
+        rows = torch.from_numpy(local - trainer.first_latent).to(self.mesh.device)
+        return scan_contexts(
+            trainer.scaled(acts_TD).cpu(),
+            layout,
+            local,
+            trainer.W_enc_mD[rows].cpu(),
+            trainer.b_enc_m[rows].cpu(),
+            trainer.b_dec_D.cpu(),
+            trainer.threshold.to(trainer.dtype).expand(len(local)).cpu(),
+        )
+
+    def decoder_rows(self, latents: list[int], which: str = "main") -> tuple[np.ndarray, np.ndarray]:
+        """(ids int64 [n], rows [n, D]) of those of `latents` that this shard holds."""
+        trainer = self._copy(which)
+        local = self._local(latents, trainer)
+        rows_nD = trainer.W_dec_mD[torch.from_numpy(local - trainer.first_latent).to(self.mesh.device)]
+        return local, rows_nD.cpu().numpy()
+
+    # ----------------------------------------------------------------------------- checkpoints
+
+    def save(self, folder: str) -> dict[str, Any]:
+        """Writes this shard's files (all copies). Returns {"files", "copies", "latents", "mesh"}."""
+        files: dict[str, Any] = {}
+        if self.mesh.dp_rank == 0:
+            for name, trainer in self.copies.items():
+                state = trainer.state()
+                if name == "main":
+                    state["rng.torch"] = torch.get_rng_state()
+                    credit = self.credit.state_dict() if self.credit is not None else {}
+                    state |= {checkpoint.CREDIT + key: tensor for key, tensor in credit.items()}
+                files |= checkpoint.write_shard(folder, self.mesh.tp_rank, name, state)
+        main = self.copies["main"]
+        return {
+            "files": files,
+            "copies": {name: trainer.meta() for name, trainer in self.copies.items()},
+            "latents": (main.first_latent, main.last_latent),
+            "tp_rank": self.mesh.tp_rank,
+        }
+
+    def load(self, folder: str) -> dict[str, Any]:
+        """Restores all copies and the credit from a committed checkpoint of any mesh. Returns its manifest.
+
+        Raises:
+            UserError: a file is missing or corrupt, or the checkpoint's SAE is not the configured one.
+        """
+        manifest = checkpoint.read_manifest(folder)
+        asked = {"d_in": self.d_in, "d_sae": self.cfg.sae.d_sae, "architecture": self.cfg.sae.architecture}
+        for key, value in asked.items():
+            if manifest[key] != value:
+                raise UserError(f"{folder}: its {key} is {manifest[key]}, this run's is {value}")
+        self.copies = {}
+        for name, meta in manifest["copies"].items():
+            trainer = self._new_trainer()
+            rows = checkpoint.read_rows(folder, manifest, name, trainer.first_latent, trainer.last_latent)
+            trainer.load_state(rows, meta)
+            self.copies[name] = trainer
+            if "rng.torch" in rows:
+                torch.set_rng_state(rows["rng.torch"])
+        self.credit = self._restored_credit(folder, manifest)
+        return manifest
+
+    def _restored_credit(self, folder: str, manifest: dict[str, Any]) -> CreditLoss | None:
+        """The credit that was installed when the checkpoint was written."""
+        main = self.copies["main"]
+        states = checkpoint.read_credit(folder, manifest)
+        # On the same mesh this gives back what this rank saved, bit for bit.
+        own = reshard(states, main.first_latent, main.last_latent)
+        if not own:
+            return None
+        from sae_ray.reward.credit import restore_credit
+
+        return restore_credit(self.cfg.rlaif.estimator, self._credit_settings(), own)
+
+    def _credit_settings(self) -> CreditSettings:
+        from sae_ray.reward.credit import CreditSettings
+
+        rlaif = self.cfg.rlaif
+        return CreditSettings(rlaif.gamma, rlaif.slope, rlaif.shrink, rlaif.half_life_steps)
+
+    # ----------------------------------------------------------------------------- small parts
+
+    def _new_trainer(self) -> ShardedTrainer:
+        return ShardedTrainer(self.cfg.sae, self.cfg.trainer, self.d_in, self.cfg.seed, self.collectives)
+
+    def _copy(self, which: str) -> ShardedTrainer:
+        if which not in self.copies:
+            raise UserError(f"the trainer holds no {which!r} copy, only {', '.join(self.copies) or 'none'}")
+        return self.copies[which]
+
+    def _local(self, latents: list[int], trainer: ShardedTrainer) -> np.ndarray:
+        ids = np.asarray(latents, dtype=np.int64)
+        return ids[(ids >= trainer.first_latent) & (ids < trainer.last_latent)]
+
+    def _with_layout(self, blocks: list[Block], context_tokens: int) -> tuple[torch.Tensor, Any]:
+        acts_TD = _activations(blocks)
+        sequences, length = blocks[0].tokens_SL.shape
+        places = [(block.seq_T, block.pos_T) for block in blocks]
+        return acts_TD, layout_contexts(places, sequences, length, context_tokens)
+
+    def _read_metrics(self) -> list[dict[str, float]]:
+        rows = self.copies["main"].read_metrics()
+        for name, trainer in self.copies.items():
+            if name != "main":
+                for row, other in zip(rows, trainer.read_metrics(), strict=True):
+                    row |= {f"{name}/{key}": value for key, value in other.items() if key != "step"}
+        return rows
+
+    def _timeout(self) -> timedelta:
+        return timedelta(seconds=self.cfg.trainer.step_timeout_s)
+
+
+def _fetch(references: list[Any]) -> list[Any]:
+    """The objects behind references, blocks unpacked (zero-copy views of the object store)."""
+    import ray
+
+    values = [ray.get(item) if isinstance(item, ray.ObjectRef) else item for item in references]
+    is_block = [isinstance(value, dict) and "acts" in value for value in values]
+    return [Block.from_numpy_dict(value) if block else value for value, block in zip(values, is_block, strict=True)]
+
+
+def _activations(blocks: list[Block]) -> torch.Tensor:
+    """All kept tokens' raw activations, blocks in order: [T, D].
+
+    Raises:
+        UserError: a block holds a number that is not finite.
+    """
+    parts = []
+    for block in blocks:
+        acts_TD = block.acts_TD()
+        # One pass over the block in the usual case: a sum is finite only if every term is.
+        if not torch.isfinite(acts_TD.sum(dtype=torch.float32)) and not torch.isfinite(acts_TD).all():
+            bad = int((~torch.isfinite(acts_TD)).any(1).sum())
+            raise UserError(
+                f"block {block.block_id}: {bad} of {len(acts_TD)} tokens have activations that are not "
+                "finite; a float16 model overflows where bfloat16 or float32 does not (model.dtype)"
+            )
+        parts.append(acts_TD)
+    return torch.cat(parts)

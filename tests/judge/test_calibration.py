@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+
+from sae_ray.config import JudgeConfig
+from sae_ray.errors import UserError
+from sae_ray.judge.calibration import Calibration, JudgeAtChance, calibrate
+from sae_ray.judge.planting import PlantedItem, find_concepts, plant_items, words_of
+from sae_ray.judge.prompts import Mode
+
+TOPICS = {
+    "sea": ["harbour", "vessel", "sailor", "anchor", "tide"],
+    "law": ["court", "judge", "verdict", "lawyer", "appeal"],
+    "food": ["flour", "oven", "butter", "recipe", "sugar"],
+    "sky": ["planet", "orbit", "comet", "galaxy", "telescope"],
+    "farm": ["tractor", "harvest", "barn", "cattle", "meadow"],
+    "music": ["violin", "melody", "chorus", "rhythm", "concert"],
+}
+
+
+class Words:
+    """A tokenizer of one token per word."""
+
+    def __init__(self) -> None:
+        self.ids: dict[str, int] = {}
+        self.words: list[str] = []
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        for word in text.split():
+            if word not in self.ids:
+                self.ids[word] = len(self.words)
+                self.words.append(word)
+        return [self.ids[word] for word in text.split()]
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(self.words[i] for i in ids)
+
+
+def corpus(documents: int = 240) -> list[str]:
+    rng = random.Random(0)
+    filler = ["".join(rng.choices("abcdefghiklmnoprstu", k=7)) for _ in range(900)]
+    topics = list(TOPICS.values())
+    return [" ".join(rng.sample(topics[i % len(topics)], 3) + rng.sample(filler, 9)) for i in range(documents)]
+
+
+class Oracle:
+    """Knows the answer in one mode and guesses in the other."""
+
+    def __init__(self, items: list[PlantedItem], good: Mode | None) -> None:
+        self.truth = {(i.text, i.explanation): i.positive for i in items}
+        self.good, self.rng = good, random.Random(1)
+
+    async def score(self, pairs: list[tuple[str, str]], mode: Mode) -> list[float | None]:
+        gain = 2.0 if mode == self.good else 0.0
+        return [self.rng.gauss(gain * self.truth[p], 0.5) for p in pairs]
+
+
+def planted() -> list[PlantedItem]:
+    return plant_items(corpus(), 6, 8, 12, Words(), seed=0)
+
+
+def test_concepts_are_the_topics_of_the_corpus() -> None:
+    concepts = find_concepts(corpus(), 6, 8, 12, Words(), seed=0)
+    assert len(concepts) == 6
+    for concept in concepts:
+        assert any(set(concept.label.split(", ")) <= set(topic) for topic in TOPICS.values()), concept.words
+
+
+def test_planted_answers_are_true_by_construction() -> None:
+    items = planted()
+    for item in items:
+        shared = words_of(item.explanation) & words_of(item.text)
+        assert item.positive or not shared
+    positives = [i for i in items if i.positive]
+    assert len(positives) == 6 * 8
+    assert all(sum(set(t) >= words_of(i.explanation) for t in TOPICS.values()) == 1 for i in positives)
+
+
+def test_no_concept_or_text_is_both_fitted_on_and_reported() -> None:
+    items = planted()
+    for what in (lambda i: i.explanation, lambda i: i.text):
+        assert not {what(i) for i in items if i.held_out} & {what(i) for i in items if not i.held_out}
+
+
+def test_planting_is_seeded() -> None:
+    assert planted() == planted()
+
+
+def test_a_corpus_without_concepts_is_refused_with_what_would_help() -> None:
+    with pytest.raises(UserError, match="texts_per_concept"):
+        plant_items(["one short text"] * 5, 6, 4, 12, Words(), seed=0)
+
+
+@pytest.mark.parametrize("good", ["likelihood", "yes_no"])
+def test_the_mode_that_knows_is_picked_and_survives_a_round_trip(good: Mode) -> None:
+    items = planted()
+    found = asyncio.run(calibrate(Oracle(items, good), items, JudgeConfig()))
+    assert found.mode == good
+    assert found.chosen.auroc.value > 0.95
+    assert found.chosen.auroc.low > 0.8
+    assert found.chosen.false_positive < 0.2
+    assert found.chosen.false_negative < 0.2
+    assert found.probability(2.0) > 0.8
+    assert found.probability(0.0) < 0.2
+    assert Calibration.from_dict(found.to_dict()) == found
+
+
+def test_a_judge_at_chance_stops_the_run_and_says_how_bad_it_is() -> None:
+    items = planted()
+    with pytest.raises(JudgeAtChance, match=r"likelihood AUROC 0\.\d\d .*yes_no AUROC .*stronger judge"):
+        asyncio.run(calibrate(Oracle(items, None), items, JudgeConfig()))
+
+
+def test_a_good_judge_in_a_mode_that_was_not_allowed_does_not_count() -> None:
+    items = planted()
+    with pytest.raises(JudgeAtChance):
+        asyncio.run(calibrate(Oracle(items, "likelihood"), items, JudgeConfig(mode="yes_no")))
+
+
+def test_a_judge_that_answers_nothing_is_not_believed() -> None:
+    class Silent:
+        async def score(self, pairs: list[tuple[str, str]], mode: Mode) -> list[float | None]:
+            return [None] * len(pairs)
+
+    with pytest.raises(JudgeAtChance, match="too few"):
+        asyncio.run(calibrate(Silent(), planted(), JudgeConfig()))

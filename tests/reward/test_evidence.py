@@ -1,0 +1,116 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sae_ray.reward.evidence import (
+    POSITIVE,
+    SIBLING,
+    ContextScan,
+    choose_latents,
+    density_matched_threshold,
+    layout_contexts,
+    plan_latent,
+    scan_contexts,
+)
+
+
+def random_scan(seed: int, contexts: int = 400, latents: int = 6) -> ContextScan:
+    rng = np.random.default_rng(seed)
+    margin_CN = rng.normal(-1.0, 1.0, (contexts, latents)).astype(np.float32)
+    margin_CN[: contexts // 20] = -np.inf
+    act_CN = np.where(margin_CN > 0, margin_CN + 0.5, 0).astype(np.float32)
+    return ContextScan(np.arange(latents), act_CN, margin_CN, np.zeros((contexts, latents), dtype=np.int32))
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10_000), n_explainer=st.integers(0, 12), n_positives=st.integers(1, 30))
+def test_explainer_and_judged_contexts_never_meet(seed, n_explainer, n_positives):
+    scan = random_scan(seed)
+    rng = np.random.default_rng(seed)
+    plan = plan_latent(scan, 2, n_positives, 6, 6, 6, n_explainer, np.arange(0, 400, 3), rng)
+    judged = [verdict.context for verdict in plan.verdicts]
+    assert not set(plan.explainer) & set(judged)
+    assert len(judged) == len(set(judged))
+    for verdict in plan.verdicts:
+        assert (scan.act_CN[verdict.context, 2] > 0) == (verdict.kind == POSITIVE)
+        assert np.isfinite(scan.margin_CN[verdict.context, 2])
+        assert verdict.weight >= 1
+        if verdict.kind == SIBLING:
+            others = np.delete(scan.act_CN[verdict.context], 2)
+            assert (others > 0).any()
+    assert all(scan.act_CN[context, 2] > 0 for context in plan.explainer)
+
+
+def test_both_halves_of_a_plan_hold_positives_and_negatives():
+    plan = plan_latent(random_scan(1), 0, 12, 6, 6, 6, 8, np.arange(400), np.random.default_rng(0))
+    for half in (True, False):
+        kinds = [verdict.kind for verdict in plan.verdicts if verdict.select == half]
+        assert kinds.count(POSITIVE) == 6
+        assert len(kinds) - kinds.count(POSITIVE) == 9
+
+
+def test_weights_restore_the_natural_prior():
+    scan = random_scan(3)
+    plan = plan_latent(scan, 1, 12, 6, 6, 30, 0, np.arange(400), np.random.default_rng(0))
+    active = sum(v.weight for v in plan.verdicts if v.kind == POSITIVE)
+    everything = sum(v.weight for v in plan.verdicts)
+    assert active == pytest.approx((scan.act_CN[:, 1] > 0).sum())
+    assert everything == pytest.approx(np.isfinite(scan.margin_CN[:, 1]).sum())
+
+
+def test_a_scan_equals_a_plain_loop_over_contexts():
+    rng = np.random.default_rng(0)
+    blocks = []
+    for _ in range(2):
+        seq, pos = np.nonzero(rng.random((3, 8)) < 0.7)
+        blocks.append((seq.astype(np.int32), pos.astype(np.int32)))
+    layout = layout_contexts(blocks, sequences=3, length=8, context_tokens=4)
+    n_tokens = len(layout.context_T)
+    x_TD = torch.randn(n_tokens, 5, dtype=torch.float64)
+    W_ND, b_N = torch.randn(2, 5, dtype=torch.float64), torch.randn(2, dtype=torch.float64)
+    b_dec_D, threshold_N = torch.randn(5, dtype=torch.float64), torch.tensor([0.3, 0.6], dtype=torch.float64)
+    scan = scan_contexts(x_TD, layout, np.array([4, 9]), W_ND, b_N, b_dec_D, threshold_N)
+    pre_TN = (x_TD - b_dec_D) @ W_ND.T + b_N
+    place = [(b * 3 + s) * 2 + p // 4 for b, (seq, pos) in enumerate(blocks) for s, p in zip(seq, pos, strict=True)]
+    assert layout.n_contexts == 12
+    for context in range(12):
+        tokens = [index for index, where in enumerate(place) if where == context]
+        for n in range(2):
+            if not tokens:
+                assert scan.margin_CN[context, n] == -np.inf
+                continue
+            best = max(tokens, key=lambda t: pre_TN[t, n])
+            top = float(pre_TN[best, n])
+            assert scan.margin_CN[context, n] == pytest.approx(top - float(threshold_N[n]), abs=1e-6)
+            assert scan.act_CN[context, n] == pytest.approx(top if top >= threshold_N[n] else 0, abs=1e-6)
+            assert scan.token_CN[context, n] == best
+
+
+def test_shards_merge_in_latent_order():
+    scan = random_scan(5)
+    parts = [
+        ContextScan(scan.latents[s], scan.act_CN[:, s], scan.margin_CN[:, s], scan.token_CN[:, s])
+        for s in ([3, 4, 5], [0, 1, 2])
+    ]
+    merged = ContextScan.merge(parts)
+    assert np.array_equal(merged.latents, scan.latents)
+    assert np.array_equal(merged.margin_CN, scan.margin_CN)
+
+
+def test_chosen_latents_can_be_judged_and_cover_the_densities():
+    rng = np.random.default_rng(0)
+    counts = rng.integers(0, 900, 500)
+    chosen = choose_latents(counts, 1000, 20, need=30, max_share=0.5, rng=rng)
+    assert len(chosen) == len(set(chosen.tolist())) == 20
+    assert counts[chosen].min() >= 30
+    assert counts[chosen].max() <= 500
+    assert np.quantile(counts[chosen], 0.9) > 2 * np.quantile(counts[chosen], 0.1)
+    assert len(choose_latents(np.array([0, 50, 5]), 1000, 20, need=30, max_share=0.5, rng=rng)) == 1
+
+
+def test_matched_thresholds_give_the_wanted_density():
+    margin = np.random.default_rng(0).normal(size=(100, 2))
+    threshold = density_matched_threshold(margin, np.array([10, 40]))
+    assert ((margin >= threshold).sum(0) == [10, 40]).all()

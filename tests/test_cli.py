@@ -1,0 +1,122 @@
+"""What a person gets for bad input: one line on stderr that says what is wrong, exit code 2, no cluster."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import yaml
+
+from sae_ray import cli
+
+MINIMAL: dict[str, Any] = {"name": "bad", "hook": {"layer": 2}, "rlaif": {"enabled": False}}
+
+
+@pytest.fixture
+def run_cli(tmp_path, monkeypatch, capsys):
+    """Runs `sae-ray train` in this process on MINIMAL with sections merged over it; returns (code, stderr)."""
+    monkeypatch.setattr(ray, "init", lambda *args, **kwargs: pytest.fail("a cluster was started"))
+
+    def _run(*options: str, **sections: Any) -> tuple[int, str]:
+        config = {**MINIMAL, "runs_dir": str(tmp_path / "runs"), **sections}
+        path = tmp_path / "bad.yaml"
+        path.write_text(yaml.safe_dump(config))
+        monkeypatch.setattr(sys, "argv", ["sae-ray", "train", str(path), *options])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return int(stop.value.code or 0), capsys.readouterr().err
+
+    return _run
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def bad_inputs() -> list[Any]:
+    return [
+        pytest.param({"model": {"name": "./no/such/model"}}, ["model.name", "./no/such/model"], id="model path"),
+        pytest.param({"hook": {"layer": 30}}, ["hook.layer", "30 layers"], id="hook layer"),
+        pytest.param({"sae": {"d_sae": 4609}}, ["sae.d_sae 4609", "trainer.tp 2"], id="d_sae and tp"),
+        pytest.param({"sae": {"width": 1}}, ["sae.width", "unknown key"], id="unknown key"),
+        pytest.param(
+            {"corpus": {"kind": "text", "paths": ["no/such/*.txt"]}},
+            ["corpus.paths", "no/such/*.txt"],
+            id="corpus path",
+        ),
+        pytest.param(
+            {"ray": {"address": f"127.0.0.1:{free_port()}"}}, ["ray.address", "cannot be reached"], id="ray address"
+        ),
+        pytest.param(
+            {"ray": {"address": f"ray://127.0.0.1:{free_port()}"}},
+            ["ray.address", "cannot be reached"],
+            id="ray client",
+        ),
+        pytest.param({"runs_dir": str(Path(__file__) / "runs")}, ["run folder", "not writable"], id="run folder"),
+    ]
+
+
+@pytest.mark.parametrize(("sections", "said"), bad_inputs())
+def test_bad_input_is_one_clear_line_and_exit_code_2(run_cli, sections, said):
+    code, err = run_cli(**sections)
+    assert code == 2
+    assert err.startswith("sae-ray: ")
+    assert len(err.strip().splitlines()) == 1, err
+    assert "Traceback" not in err
+    for part in said:
+        assert part in err
+
+
+def test_a_corpus_without_tokens_is_refused(run_cli, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    code, err = run_cli(corpus={"kind": "text", "paths": [str(tmp_path / "empty.txt")]})
+    assert code == 2
+    assert "empty.txt" in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_a_run_name_that_means_other_numbers_is_refused_and_names_the_key(run_cli, tmp_path):
+    folder = tmp_path / "runs" / "bad"
+    folder.mkdir(parents=True)
+    from sae_ray.config import parse_config
+
+    earlier = parse_config({**MINIMAL, "sae": {"k": 16}}, "test")
+    (folder / "config.yaml").write_text(earlier.to_yaml())
+    code, err = run_cli(sae={"k": 17})
+    assert code == 2
+    assert "sae.k was 16, is 17" in err
+    assert "--fresh" in err
+
+
+def test_fresh_does_not_remove_a_folder_that_is_no_run(run_cli, tmp_path):
+    folder = tmp_path / "runs" / "bad"
+    folder.mkdir(parents=True)
+    (folder / "thesis.tex").write_text("years of work")
+    code, err = run_cli("--fresh")
+    assert code == 2
+    assert "does not look like a run folder" in err
+    assert (folder / "thesis.tex").exists()
+
+
+def test_check_validates_without_a_cluster(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ray, "init", lambda *args, **kwargs: pytest.fail("a cluster was started"))
+    path = tmp_path / "good.yaml"
+    path.write_text(yaml.safe_dump({**MINIMAL, "runs_dir": str(tmp_path / "runs")}))
+    monkeypatch.setattr(sys, "argv", ["sae-ray", "train", str(path), "--check"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+    assert "fine" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("job", sorted(Path(__file__).parents[1].glob("jobs/*.yaml")), ids=lambda path: path.name)
+def test_every_job_in_the_repository_is_a_valid_config(job):
+    from sae_ray.config import load_config
+
+    assert load_config(job).name

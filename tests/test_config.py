@@ -1,0 +1,68 @@
+import pytest
+
+from sae_ray.config import load_config
+from sae_ray.errors import UserError
+
+MINIMAL = "name: a\nhook: {layer: 3}\n"
+
+
+@pytest.fixture
+def write(tmp_path):
+    def _write(text):
+        path = tmp_path / "run.yaml"
+        path.write_text(text)
+        return path
+
+    return _write
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (MINIMAL + "sae: {d_saee: 64}", ["sae.d_saee", "unknown key", "did you mean 'd_sae'", "aux_coef"]),
+        (MINIMAL + "sae: {k: -1}", ["sae.k = -1", "greater than 0"]),
+        (MINIMAL + "sae: {d_sae: 8, k: 9}", ["sae.k 9 is larger than sae.d_sae 8"]),
+        (MINIMAL + "sae: {d_sae: 4609}", ["sae.d_sae 4609 is not divisible by trainer.tp 2", "4608 or 4610"]),
+        (MINIMAL + "ray: {address: here}", ["ray.address = 'here'", "ray://HOST:PORT"]),
+        (MINIMAL + "model: {dtype: int4}", ["model.dtype = 'int4'", "bfloat16"]),
+        (MINIMAL + "corpus: {kind: jsonl}", ["corpus.kind jsonl needs corpus.paths"]),
+        (MINIMAL + "corpus: {context_length: 100}", ["context_length 100 is not a multiple"]),
+        (MINIMAL + "activations: {window_blocks: 4}", ["window_blocks 4 must be at least twice mix_blocks"]),
+        (MINIMAL + "judge: {autoscaling: {min_replicas: 3}}", ["min_replicas 3 <= initial_replicas"]),
+        ("hook: {layer: 3}", ["name: is required"]),
+        ("name: ../x\nhook: {layer: 3}", ["name = '../x'", "letters, digits"]),
+        ("name: [", ["is not YAML"]),
+        ("- 1", ["expected a mapping"]),
+    ],
+)
+def test_a_bad_config_is_one_line_that_names_file_key_value_and_what_is_allowed(write, text, said):
+    path = write(text)
+    with pytest.raises(UserError) as error:
+        load_config(path)
+    message = str(error.value)
+    assert "\n" not in message
+    assert message.startswith(str(path))
+    for part in said:
+        assert part in message
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"absent\.yaml: cannot be read"):
+        load_config(tmp_path / "absent.yaml")
+
+
+def test_overrides_are_parsed_as_yaml_and_checked_like_the_file(write):
+    path = write(MINIMAL)
+    run = load_config(path, ["sae.k=16", "rlaif.enabled=false", "ray.address=auto"])
+    assert (run.sae.k, run.rlaif.enabled, run.ray.address) == (16, False, "auto")
+    with pytest.raises(UserError, match="unknown key"):
+        load_config(path, ["sae.kk=16"])
+    with pytest.raises(UserError, match=r"expected section\.key=value"):
+        load_config(path, ["sae.k"])
+
+
+def test_the_resolved_config_reads_back_as_the_same_run(write, tmp_path):
+    run = load_config(write(MINIMAL + "sae: {k: 7}"))
+    again = tmp_path / "resolved.yaml"
+    again.write_text(run.to_yaml())
+    assert load_config(again) == run
