@@ -85,7 +85,9 @@ def main() -> None:
             rates["bare"].append(blocks * per_block / (time.perf_counter() - began))
         stream.stop()
     median = {name: statistics.median(values) for name, values in rates.items()}
-    table = Table(title=f"{n} producers, layer {config.hook.layer}, {config.model.name}, {blocks} blocks, {args.rounds} rounds")
+    table = Table(
+        title=f"{n} producers, layer {config.hook.layer}, {config.model.name}, {blocks} blocks, {args.rounds} rounds"
+    )
     for column in ("side", "tokens/s (median)", "all rounds", "ratio"):
         table.add_column(column)
     for name, values in rates.items():

@@ -156,7 +156,7 @@ class TrainerConfig(Section):
 class AutoscalingConfig(Section):
     min_replicas: Annotated[int, Field(ge=0)] = 1
     max_replicas: Positive = 1
-    initial_replicas: Positive = 1
+    initial_replicas: Annotated[int, Field(ge=0)] = 1
     target_ongoing_requests: Positive = Field(8, description="ongoing calls per replica that autoscaling aims at")
     max_ongoing_requests: Positive = Field(16, description="ongoing calls a replica accepts")
     upscale_delay_s: Seconds = 5

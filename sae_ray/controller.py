@@ -61,7 +61,7 @@ class Controller:
         self.interrupt = interrupt
         self.gauges = Gauges(config.name)
         self.stream = BlockStream(config)
-        self.judge = JudgeApp(config.judge, config.name)
+        self.judge = JudgeApp(config.judge, config.name, keep_serve=config.ray.address == "local")
         self.desk: Any = None
         self.committed_step = 0
         self.rounds_done = 0
@@ -406,12 +406,12 @@ class Controller:
 
     def close(self) -> None:
         """Removes this run from the cluster: actors, placement groups, Serve app."""
+        if self.desk is not None:
+            ray.kill(self.desk)
         self.judge.shutdown()
         if hasattr(self, "group"):
             self.group.stop()
         self.stream.stop()
-        if self.desk is not None:
-            ray.kill(self.desk)
 
 
 def checkpoints_dir(config: RunConfig) -> Path:

@@ -16,13 +16,12 @@ HASHED_BYTES = 2 << 30
 
 # Sections and keys that change where or how fast a run goes, not its numbers: a resumed run may change them.
 FREE_ON_RESUME = (
-    ("runs_dir",), ("ray",), ("judge", "app"), ("judge", "autoscaling"), ("judge", "cpus"), ("judge", "gpus"), ("judge", "max_in_flight"),
-    ("judge", "threads"), ("judge", "start_timeout_s"), ("judge", "deadline_s"), ("judge", "max_attempts"),
-    ("activations", "producers"), ("activations", "cpus"), ("activations", "gpus"), ("activations", "window_blocks"),
-    ("activations", "lease_timeout_s"), ("activations", "max_restarts"),
-    ("trainer", "cpus"), ("trainer", "gpus"), ("trainer", "dp"), ("trainer", "tp"), ("trainer", "checkpoint_every"),
-    ("trainer", "keep_checkpoints"), ("trainer", "max_restarts"), ("trainer", "step_timeout_s"), ("evaluation",),
-)  # fmt: skip
+    "runs_dir ray evaluation judge.app judge.autoscaling judge.cpus judge.gpus judge.threads judge.max_in_flight "
+    "judge.start_timeout_s judge.deadline_s judge.max_attempts activations.producers activations.cpus "
+    "activations.gpus activations.window_blocks activations.lease_timeout_s activations.max_restarts trainer.cpus "
+    "trainer.gpus trainer.dp trainer.tp trainer.checkpoint_every trainer.keep_checkpoints trainer.max_restarts "
+    "trainer.step_timeout_s rlaif.round_timeout_s"
+).split()
 
 
 def preflight(config: RunConfig) -> None:
@@ -66,11 +65,12 @@ def check_checkpoint(config: RunConfig) -> None:
 def numbers_of(config: RunConfig) -> dict[str, Any]:
     """The part of a config that decides a run's numbers."""
     tree = config.model_dump(mode="json")
-    for path in FREE_ON_RESUME:
+    for key in FREE_ON_RESUME:
+        *parents, leaf = key.split(".")
         node = tree
-        for part in path[:-1]:
-            node = node[part]
-        node.pop(path[-1])
+        for parent in parents:
+            node = node[parent]
+        node.pop(leaf)
     return tree
 
 

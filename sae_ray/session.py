@@ -58,6 +58,8 @@ def ray_session(config: RayConfig, verbose: bool = False) -> Iterator[None]:
         "log_to_driver": verbose,
         "namespace": "sae_ray",
     }
+    if not verbose:
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
     own = config.address == "local"
     before = {child.pid for child in psutil.Process().children(recursive=True)}
     if own:

@@ -28,7 +28,7 @@ def evaluate_run(config: RunConfig, verbose: bool = False) -> None:
     find_versions(config)  # a corrupt or missing checkpoint is found before a cluster is touched
     status = RunStatus(total_steps=1)
     progress = Progress(config.name, status)
-    stream, judge = BlockStream(config), JudgeApp(config.judge, config.name)
+    stream, judge = BlockStream(config), JudgeApp(config.judge, config.name, config.ray.address == "local")
     with Interrupt() as interrupt, progress, ray_session(config.ray, verbose):
         try:
             progress.phase("starting", "producers")

@@ -32,28 +32,30 @@ def app_name(run_name: str) -> str:
 
 @dataclass
 class JudgeApp:
-    """A Serve application of LLM replicas that only this run uses.
+    """A Serve application of LLM replicas: this run's own, or the shared one that `judge.app` names.
 
     Args:
         cfg: the run's judge section.
-        run_name: makes the application's name unique on a shared cluster.
+        run_name: makes an own application's name unique on a shared cluster.
+        keep_serve: leave Serve itself running after the application is deleted; for a Ray that ends with the run.
     """
 
     cfg: JudgeConfig
     run_name: str
+    keep_serve: bool = False
     _deploying: Any = field(default=None, init=False)
     _owns_serve: bool = field(default=False, init=False)
 
     @property
     def name(self) -> str:
-        return app_name(self.run_name)
+        return self.cfg.app or app_name(self.run_name)
 
     def start(self) -> None:
         """Ask for the deployment and return at once; training goes on while replicas load. Idempotent.
 
         A task deploys, not this process: it needs vLLM, which a driver on a laptop need not have.
         """
-        if self._deploying is not None:
+        if self._deploying is not None or self.cfg.app is not None:
             return
         self._owns_serve = not _serve_is_up()
         env = {"env_vars": {k: v for k, v in replica_env(self.cfg).items() if k.startswith(("HF_", "VLLM_"))}}
@@ -110,10 +112,13 @@ class JudgeApp:
         return _status(str(app.status.value), replicas.get("RUNNING", 0), starting, message)
 
     def shutdown(self, timeout: float = 60) -> None:
-        """Delete the application, and Serve with it where this run started it. Safe to call twice, from `finally`."""
+        """Delete the application, and Serve with it where this run started it. Safe to call twice, from `finally`.
+
+        A shared application stays.
+        """
         from ray import serve
 
-        if not ray.is_initialized():
+        if not ray.is_initialized() or self.cfg.app is not None:
             return
         if self._deploying is not None:
             # Deleting what is still being submitted would leave the application behind.
@@ -124,7 +129,7 @@ class JudgeApp:
             return
         if self.name in serve.status().applications:
             serve.delete(self.name)
-        if self._owns_serve and not serve.status().applications:
+        if self._owns_serve and not self.keep_serve and not serve.status().applications:
             serve.shutdown()
         self._owns_serve = False
 

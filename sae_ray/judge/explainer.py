@@ -83,7 +83,7 @@ def lexical_explanation(
     background_counts: Mapping[str, int],
     words: int = 3,
 ) -> str | None:
-    """'words such as "file", "path"': what the active tokens, and failing them their contexts, have more of than usual.
+    """'file, path, open': what the active tokens, and failing them their contexts, have more of than usual.
 
     Args:
         positive_contexts_tokens: tokens as strings of contexts in which the latent is active.
@@ -115,7 +115,8 @@ def lexical_explanation(
         chosen += [w for w in surprise(repeated) if w not in chosen][: words - len(chosen)]
     if not chosen:
         return None
-    return "words such as " + ", ".join(f'"{word}"' for word in chosen)
+    # A bare list, as the planted concepts are labelled: a phrase around it would cost likelihood and say nothing.
+    return ", ".join(chosen)
 
 
 def background(contexts_tokens: Sequence[Sequence[str]]) -> Counter[str]:
