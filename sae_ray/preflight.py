@@ -16,12 +16,16 @@ HASHED_BYTES = 2 << 30
 
 # Sections and keys that change where or how fast a run goes, not its numbers: a resumed run may change them.
 FREE_ON_RESUME = (
-    "runs_dir ray evaluation judge.app judge.autoscaling judge.cpus judge.gpus judge.threads judge.max_in_flight "
-    "judge.start_timeout_s judge.deadline_s judge.max_attempts activations.producers activations.cpus "
-    "activations.gpus activations.window_blocks activations.lease_timeout_s activations.max_restarts trainer.cpus "
-    "trainer.gpus trainer.dp trainer.tp trainer.checkpoint_every trainer.keep_checkpoints trainer.max_restarts "
-    "trainer.step_timeout_s rlaif.round_timeout_s"
-).split()
+    *("runs_dir", "ray", "evaluation", "rlaif.round_timeout_s"),
+    *(f"judge.{key}" for key in ("app", "autoscaling", "cpus", "gpus", "threads", "max_in_flight", "max_attempts")),
+    *(f"judge.{key}" for key in ("start_timeout_s", "deadline_s")),
+    *(
+        f"activations.{key}"
+        for key in ("producers", "cpus", "gpus", "window_blocks", "lease_timeout_s", "max_restarts")
+    ),
+    *(f"trainer.{key}" for key in ("dp", "tp", "cpus", "gpus", "max_restarts", "step_timeout_s")),
+    *(f"trainer.{key}" for key in ("checkpoint_every", "keep_checkpoints")),
+)
 
 
 def preflight(config: RunConfig) -> None:

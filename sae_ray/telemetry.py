@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 PLAIN_INTERVAL_S = 10.0
+EVALUATION = "evaluation"  # the phase in which nothing is trained, so that only the judging's numbers move
 
 
 class RunLog:
@@ -184,12 +185,14 @@ class Progress:
 
     def _line(self) -> str:
         s = self._status
-        parts = [f"{s.phase}", f"step {s.step}/{s.total_steps}"]
+        parts = [f"{s.phase}: {s.detail}" if s.phase == EVALUATION else f"{s.phase} | step {s.step}/{s.total_steps}"]
         parts += [f"{label} {value}" for label, value in self._numbers()]
         return " | ".join(parts)
 
     def _numbers(self) -> list[tuple[str, str]]:
         s = self._status
+        if s.phase == EVALUATION:
+            return [("queue", str(s.judge_queue)), ("verdicts", f"{s.verdicts} ({_number(s.verdicts_per_s, 1)}/s)")]
         numbers = [
             ("tok/s", _count(s.trainer_tokens_per_s)),
             ("producers tok/s", _count(s.producer_tokens_per_s)),

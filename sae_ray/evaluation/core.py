@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -93,11 +93,11 @@ def ce_recovered(
     model_cfg: ModelConfig,
     hook: HookConfig,
     sequences: TokenBlock | Iterable[TokenBlock],
-    sae: TrainedSAE,
+    saes: Mapping[str, TrainedSAE],
     batch_sequences: int = 4,
     device: str | torch.device | None = None,
-) -> CERecovered:
-    """Splice the reconstruction into the language model at the hook point and measure its loss.
+) -> dict[str, CERecovered]:
+    """Splice each SAE's reconstruction into the language model at the hook point and measure its loss.
 
     The same positions (`keep_SL`) are replaced in all passes; masked ones go through unchanged. The mean
     is that of the kept positions of these sequences. `auto` means float32 here: in bfloat16, rounding would
@@ -110,7 +110,8 @@ def ce_recovered(
     check_hook(model_cfg, hook)
     dtype = torch.float32 if model_cfg.dtype == "auto" else getattr(torch, model_cfg.dtype)
     model = load_full_model(model_cfg, dtype, device)
-    return splice_losses(model, hook, sequences, sae.to(model.device), batch_sequences)
+    placed = {name: sae.to(model.device) for name, sae in saes.items()}
+    return splice_losses(model, hook, sequences, placed, batch_sequences)
 
 
 @torch.inference_mode()
@@ -118,9 +119,9 @@ def splice_losses(
     model: Any,
     hook: HookConfig,
     sequences: TokenBlock | Iterable[TokenBlock],
-    sae: TrainedSAE,
+    saes: Mapping[str, TrainedSAE],
     batch_sequences: int = 4,
-) -> CERecovered:
+) -> dict[str, CERecovered]:
     """`ce_recovered` on a loaded causal language model."""
     blocks = [sequences] if isinstance(sequences, TokenBlock) else list(sequences)
     tokens_SL = np.concatenate([block.tokens_SL for block in blocks])
@@ -147,18 +148,21 @@ def splice_losses(
 
     clean = total(add_up)
     mean_D = sum_D / max(1, int(keep_SL.sum()))
-    spliced = total(lambda x_TD: sae.decode(sae.encode(x_TD)))
     mean_ablation = total(lambda x_TD: torch.as_tensor(mean_D, device=x_TD.device).expand_as(x_TD))
     zero_ablation = total(torch.zeros_like)
-    return CERecovered(
-        clean=clean,
-        sae=spliced,
-        mean_ablation=mean_ablation,
-        zero_ablation=zero_ablation,
-        recovered_vs_mean=_recovered(clean, spliced, mean_ablation),
-        recovered_vs_zero=_recovered(clean, spliced, zero_ablation),
-        tokens=n_targets,
-    )
+    out = {}
+    for name, sae in saes.items():
+        spliced = total(sae.reconstruct)
+        out[name] = CERecovered(
+            clean=clean,
+            sae=spliced,
+            mean_ablation=mean_ablation,
+            zero_ablation=zero_ablation,
+            recovered_vs_mean=_recovered(clean, spliced, mean_ablation),
+            recovered_vs_zero=_recovered(clean, spliced, zero_ablation),
+            tokens=n_targets,
+        )
+    return out
 
 
 class _Batch(NamedTuple):

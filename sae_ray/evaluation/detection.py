@@ -113,7 +113,8 @@ async def measure_detection(
     for name, sae in versions.items():
         say(f"judging {name} on held-out texts")
         scan = unseen.scan(sae, latents)
-        choices = _heldout_choices(config, scan, explanations[name], rng)
+        # The same draws for every version: where versions agree on a latent they are judged on the same texts.
+        choices = _heldout_choices(config, scan, explanations[name], np.random.default_rng([config.seed, 13]))
         found, verdicts = await _detect(choices, unseen.texts, judge, rng)
         table[name] = summary(found)
         for choice, detection in zip(choices, found, strict=True):
@@ -209,7 +210,7 @@ def _heldout_choices(
             rng,
         )
         verdicts = [replace(verdict, select=False) for verdict in plan.verdicts]
-        choices.append(Choice(LatentPlan(latent, [], verdicts), explanations[latent]))
+        choices.append(Choice(replace(plan, verdicts=verdicts), explanations[latent]))
     return choices
 
 
@@ -221,7 +222,7 @@ async def _detect(
 
     def note(plan: LatentPlan, candidate: Candidate, verdict: Any, raw: float | None, **about: Any) -> dict[str, Any]:
         if raw is not None and about["purpose"] == "score":
-            probabilities[plan.latent, verdict.context] = judge.probability(raw)
+            probabilities[plan.latent, verdict.context] = judge.probability(candidate.text, raw)
         return {}
 
     found, _ = await detect(choices, texts, judge, note, rng)

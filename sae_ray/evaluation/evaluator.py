@@ -60,10 +60,12 @@ class Evaluator:
         torch.set_num_threads(self.config.evaluation.threads)
         self.versions = find_versions(self.config)
         self._doing = "loading"
+        self._judge: PoolJudge | None = None
 
-    def doing(self) -> str:
-        """What it is at, for the progress line."""
-        return self._doing
+    def progress(self) -> dict[str, Any]:
+        """What it is at (`detail`), and the judging's live counters."""
+        counters = self._judge.progress() if self._judge is not None else {}
+        return {"detail": self._doing, **counters}
 
     async def core(self, heldout: list[ray.ObjectRef]) -> dict[str, dict[str, Any]]:
         """FVU, L0, dead share and CE recovered of every version, on held-out blocks."""
@@ -71,18 +73,26 @@ class Evaluator:
         return await asyncio.to_thread(self._core, blocks)
 
     def _core(self, blocks: list[Block]) -> dict[str, dict[str, Any]]:
+        self._doing = "CE loss recovered"
+        tokens = first_sequences(blocks, self.config.evaluation.ce_sequences)
+        recovered = ce_recovered(self.config.model, self.config.hook, tokens, self.versions)
         out: dict[str, dict[str, Any]] = {}
         for name, sae in self.versions.items():
-            self._doing = f"FVU, L0 and CE of {name}"
-            core = core_metrics(blocks, sae)
-            tokens = first_sequences(blocks, self.config.evaluation.ce_sequences)
-            ce = ce_recovered(self.config.model, self.config.hook, tokens, sae)
+            self._doing = f"FVU and L0 of {name}"
+            core, ce = core_metrics(blocks, sae), recovered[name]
             out[name] = {
-                "fvu": core.fvu, "l0": core.l0, "dead_fraction": core.dead_fraction, "tokens": core.tokens,
-                "ce_clean": ce.clean, "ce_sae": ce.sae, "ce_mean_ablation": ce.mean_ablation,
-                "ce_zero_ablation": ce.zero_ablation, "ce_recovered_mean": ce.recovered_vs_mean,
-                "ce_recovered_zero": ce.recovered_vs_zero, "ce_tokens": ce.tokens,
-            }  # fmt: skip
+                "fvu": core.fvu,
+                "l0": core.l0,
+                "dead_fraction": core.dead_fraction,
+                "tokens": core.tokens,
+                "ce_clean": ce.clean,
+                "ce_sae": ce.sae,
+                "ce_mean_ablation": ce.mean_ablation,
+                "ce_zero_ablation": ce.zero_ablation,
+                "ce_recovered_mean": ce.recovered_vs_mean,
+                "ce_recovered_zero": ce.recovered_vs_zero,
+                "ce_tokens": ce.tokens,
+            }
         return out
 
     async def detection(self, evidence: list[ray.ObjectRef], heldout: list[ray.ObjectRef]) -> dict[str, Any]:
@@ -92,7 +102,7 @@ class Evaluator:
             JudgeAtChance: the run has no calibration yet, and no verdict mode of its judge beats chance.
         """
         began = time.monotonic()
-        judge = PoolJudge(self.config)
+        judge = self._judge = PoolJudge(self.config)
         bank = VerdictBank(LocalStorage(self.config.run_dir)).read()
         self._doing = "judge calibration"
         calibration = await judge.calibrate()

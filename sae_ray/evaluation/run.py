@@ -98,14 +98,18 @@ def _wait(
     config: RunConfig, evaluator: Any, ref: ray.ObjectRef, progress: Progress, status: RunStatus, interrupt: Interrupt
 ) -> Any:
     deadline = Deadline(config.evaluation.timeout_s, "the evaluation")
-    asked = evaluator.doing.remote()
+    asked = evaluator.progress.remote()
     while True:
         done, _ = ray.wait([ref], timeout=POLL_S)
         if done:
             return _value(ref)
         if ray.wait([asked], timeout=0)[0]:
-            status.detail = ray.get(asked)
-            asked = evaluator.doing.remote()
+            counters = ray.get(asked)
+            status.detail = counters["detail"]
+            if "queue" in counters:
+                status.judge_queue, status.verdicts = counters["queue"], counters["verdicts"]
+                status.verdicts_per_s = counters["verdicts_per_s"]
+            asked = evaluator.progress.remote()
         deadline.check()
         _check(interrupt)
         progress.refresh()

@@ -38,6 +38,7 @@ class ModeCalibration:
 
     `false_positive` and `false_negative` are at `threshold`; `platt_a`, `platt_b` map a verdict to
     P(shows it) = sigmoid(a v + b) where both answers are equally common; `missing` counts unanswered items.
+    `background` is the mean verdict of negatives: where a verdict stands when a text has nothing to do with it.
     """
 
     mode: Mode
@@ -47,6 +48,7 @@ class ModeCalibration:
     false_negative: float
     platt_a: float
     platt_b: float
+    background: float
     items: int
     missing: int
     seconds: float
@@ -121,9 +123,18 @@ def measure(
     _, false_positive, false_negative = balanced_accuracy(held_pos, held_neg, threshold)
     a, b = platt(fit_pos, fit_neg)
     return ModeCalibration(
-        mode, auroc(held_pos, held_neg), threshold, false_positive, false_negative, a, b,
-        items=len(held_pos) + len(held_neg), missing=sum(v is None for v in verdicts), seconds=seconds,
-    )  # fmt: skip
+        mode,
+        auroc(held_pos, held_neg),
+        threshold,
+        false_positive,
+        false_negative,
+        a,
+        b,
+        background=sum(fit_neg) / len(fit_neg),
+        items=len(held_pos) + len(held_neg),
+        missing=sum(v is None for v in verdicts),
+        seconds=seconds,
+    )
 
 
 def choose(measured: Mapping[Mode, ModeCalibration], cfg: JudgeConfig) -> Calibration:

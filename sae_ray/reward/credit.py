@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Share of the active contexts that verdicts must confirm before a latent's teacher leaves the SAE's own direction.
 MIN_CONFIRMED = 0.25
+# By how much a teacher may change the share of contexts that a latent marks, in one round.
+MAX_RATE_CHANGE = 2.0
 
 
 @dataclass(frozen=True)
@@ -116,10 +118,13 @@ class TeacherGate:
     on active contexts, the whitened mean difference `d_j = S^-1 (sum v x / sum v - mean)` is shrunk toward
     the encoder's own direction, both at unit S-norm: `t_j = shrink * w_j + (1 - shrink) * d_j`. A Platt map
     of the context's largest `t_j . (x - mean)`, fitted at the natural prior through the judge's error
-    rates, turns it into P(concept). Every token on which that exceeds 1/2 is a pseudo-positive, and the
-    gate BCE pulls the encoder's gate toward these labels on the natural distribution:
+    rates, says in which share of contexts the concept is present; the teacher's threshold is set to mark that
+    share, but never less than half or more than twice what the latent itself marks (MAX_RATE_CHANGE): a few
+    dozen verdicts cannot tell a rare concept from an absent one, and a teacher that marks nothing would
+    silence its latent. Tokens above the threshold are pseudo-positives y, expected r_j per token, and the
+    gate BCE pulls the encoder's gate toward them on the natural distribution:
 
-        loss = gamma * sum_j c_j * age * sum_B BCE(slope * (pre - thr) / thr, y) / sum_B y
+        loss = gamma * sum_j c_j * age * sum_B BCE(slope * (pre - thr) / thr, y) / max(1, r_j B)
     """
 
     def __init__(self, settings: CreditSettings, state: dict[str, torch.Tensor]):
@@ -156,14 +161,17 @@ class TeacherGate:
             mixed_D = settings.shrink * own_D + (1 - settings.shrink) * _unit(judged_D, cov_DD)
             directions_ND.append(_unit(mixed_D, cov_DD))
         teacher_ND = torch.stack(directions_ND)
-        best_CN = max_per_context((x_TD - mean_D) @ teacher_ND.T, layout)
+        score_TN = (x_TD - mean_D) @ teacher_ND.T
+        best_CN = max_per_context(score_TN, layout)
         slope_N, offset_N = _platt(best_CN, rows, batch)
+        cut_N = _bounded_threshold(best_CN, slope_N, offset_N, rows, batch)
         return cls(
             settings,
             {
                 "latents": torch.from_numpy(batch.latents),
-                "W_ND": slope_N[:, None] * teacher_ND,
-                "b_N": offset_N - slope_N * (teacher_ND @ mean_D),
+                "W_ND": teacher_ND,
+                "b_N": -(teacher_ND @ mean_D) - cut_N,
+                "rate_N": (score_TN > cut_N).to(dtype).mean(0),
                 "credit_N": torch.from_numpy(batch.credit_weight).to(dtype),
                 "W_judged_ND": latent.W_enc_ND.clone(),
                 "sae_step": torch.tensor(batch.sae_step),
@@ -178,7 +186,7 @@ class TeacherGate:
         pre_BN = torch.addmm(b_N, x_BD - params.b_dec_D, W_ND.T)
         logit_BN = gate_logit(pre_BN, threshold, self._settings.slope)
         bce_N = F.binary_cross_entropy_with_logits(logit_BN, label_BN, reduction="none").sum(0)
-        bce_N = bce_N / label_BN.sum(0).clamp(min=1)
+        bce_N = bce_N / (state["rate_N"] * len(x_BD)).clamp(min=1)
         weight_N = state["credit_N"] * _freshness(self._settings, state, W_ND, params.step)
         return self._settings.gamma * (weight_N * bce_N).sum()
 
@@ -287,6 +295,25 @@ def _freshness(settings: CreditSettings, state: dict[str, torch.Tensor], W_ND: t
     age = age_weight(step - int(state["sae_step"]), settings.half_life_steps)
     drift_N = F.cosine_similarity(W_ND.detach(), state["W_judged_ND"], dim=1).clamp(min=0)
     return age * drift_N
+
+
+def _bounded_threshold(
+    best_CN: torch.Tensor, slope_N: torch.Tensor, offset_N: torch.Tensor, rows: list[np.ndarray], batch: RewardBatch
+) -> torch.Tensor:
+    """Teacher thresholds [N] that mark the share of contexts which the verdicts imply, within the trust region."""
+    finite_CN = best_CN[torch.isfinite(best_CN).all(1)]
+    implied_N = torch.sigmoid(slope_N * finite_CN + offset_N).mean(0)
+    own = [
+        float(batch.row_weight[row][batch.row_active[row]].sum() / max(batch.row_weight[row].sum(), 1e-9))
+        for row in rows
+    ]
+    own_N = torch.tensor(own, dtype=best_CN.dtype)
+    share_N = torch.minimum(torch.maximum(implied_N, own_N / MAX_RATE_CHANGE), own_N * MAX_RATE_CHANGE)
+    ordered_CN = finite_CN.sort(dim=0, descending=True).values
+    index_N = (share_N * len(ordered_CN)).long().clamp(1, len(ordered_CN) - 1)
+    # Halfway between the last context that is marked and the first that is not.
+    columns_N = torch.arange(len(own))
+    return (ordered_CN[index_N - 1, columns_N] + ordered_CN[index_N, columns_N]) / 2
 
 
 def _platt(

@@ -160,7 +160,7 @@ class RewardDesk:
                 "activation": float(scan.act_CN[verdict.context, column]),
                 "token": int(scan.token_CN[verdict.context, column]), "weight": verdict.weight,
                 "judge": self.config.judge.model, "mode": self.judge.mode, "score": raw,
-                "probability": None if raw is None else self.judge.probability(raw),
+                "probability": None if raw is None else self.judge.probability(candidate.text, raw),
             }  # fmt: skip
 
         choices, rows = await compete(plans, self._explanations, texts, self.judge, make_row)

@@ -139,6 +139,7 @@ class LatentPlan:
     latent: int
     explainer: list[int]  # contexts shown to the explainer, strongest first; never judged
     verdicts: list[PlannedVerdict]
+    unjudged: list[int]  # all active contexts that are not judged, strongest first: free for token statistics
 
 
 def plan_latent(
@@ -185,7 +186,8 @@ def plan_latent(
     for contexts, kind, population in strata:
         weight = population / max(1, len(contexts))
         verdicts += [PlannedVerdict(int(c), kind, weight, select=index % 2 == 0) for index, c in enumerate(contexts)]
-    return LatentPlan(int(scan.latents[column]), [int(c) for c in explainer], verdicts)
+    unjudged = active[~np.isin(active, positives)]
+    return LatentPlan(int(scan.latents[column]), explainer.tolist(), verdicts, unjudged.tolist())
 
 
 def _split_for_explainer(active: np.ndarray, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -23,6 +23,7 @@ from sae_ray.storage import LocalStorage
 
 CALIBRATION_FILE = "calibration.json"
 PLANTED_DOCUMENTS = 1500
+REFERENCE_TEXTS = 6
 EXPLANATION_TOKENS = 20
 RATE_SPAN_S = 30.0
 
@@ -36,6 +37,7 @@ class PoolJudge:
         self._client: JudgeClient | None = None
         self._calibration: Calibration | None = None
         self._known: dict[tuple[str, str], float] = {}
+        self._references: list[str] = []
         self._texts: ContextTexts | None = None
         self._column_of: dict[int, int] = {}
         self._scan: ContextScan | None = None
@@ -60,17 +62,24 @@ class PoolJudge:
         Raises:
             JudgeAtChance: no allowed mode beats chance.
         """
+        config, settings = self._config, self._config.judge.calibration
+        tokenizer = load_tokenizer(config.model)
+        found = (d for d in open_corpus(config.corpus).documents(config.seed) if split_of(d) == "evidence")
+        documents = list(itertools.islice(found, PLANTED_DOCUMENTS))
+        self._references = [
+            tokenizer.decode(tokenizer.encode(document)[: config.judge.context_tokens], skip_special_tokens=True)
+            for document in documents[:: max(1, len(documents) // REFERENCE_TEXTS)][:REFERENCE_TEXTS]
+        ]
         report = self._on_file()
         if report is None:
-            config, settings = self._config, self._config.judge.calibration
-            documents = itertools.islice(
-                (d for d in open_corpus(config.corpus).documents(config.seed) if split_of(d) == "evidence"),
-                PLANTED_DOCUMENTS,
-            )
             items = planting.plant_items(
-                list(documents), settings.concepts, settings.texts_per_concept, config.judge.context_tokens,
-                load_tokenizer(config.model), settings.seed,
-            )  # fmt: skip
+                documents,
+                settings.concepts,
+                settings.texts_per_concept,
+                config.judge.context_tokens,
+                tokenizer,
+                settings.seed,
+            )
             report = _report(config, await calibrate(self.client, items, config.judge))
             self._storage.write(CALIBRATION_FILE, json.dumps(report, indent=1).encode())
         self._calibration = Calibration.from_dict(report["calibration"])
@@ -98,8 +107,16 @@ class PoolJudge:
         """(false positive, false negative) rate of a verdict taken at probability 1/2."""
         return self.calibration.chosen.false_positive, self.calibration.chosen.false_negative
 
-    def probability(self, raw: float) -> float:
-        return self.calibration.probability(raw)
+    def probability(self, explanation: str, raw: float) -> float:
+        """Calibrated P(the explanation holds), the explanation's own level taken out.
+
+        How high verdicts stand depends on the explanation's length and words; its mean over texts that were
+        drawn without looking at any latent is moved to where the planted negatives stood.
+        """
+        level = [self._known.get((text, explanation)) for text in self._references]
+        known = [value for value in level if value is not None]
+        shift = self.calibration.chosen.background - sum(known) / len(known) if known else 0.0
+        return self.calibration.probability(raw + shift)
 
     # -- verdicts -------------------------------------------------------------------------------------
 
@@ -111,7 +128,8 @@ class PoolJudge:
                 self._known[row["text"], row["explanation"]] = row["score"]
 
     async def score(self, pairs: list[tuple[str, str]]) -> list[float | None]:
-        new = [pair for pair in dict.fromkeys(pairs) if pair not in self._known]
+        levels = [(text, explanation) for explanation in {e for _, e in pairs} for text in self._references]
+        new = [pair for pair in dict.fromkeys([*pairs, *levels]) if pair not in self._known]
         # By text, so that the calls on one text stand together and share its KV.
         new.sort(key=lambda pair: pair[0])
         self._waiting += len(new)
@@ -145,17 +163,21 @@ class PoolJudge:
         assert self._texts is not None
         assert self._scan is not None
         column = self._column_of[plan.latent]
-        contexts, marks, fired = [], [], []
-        for context in plan.explainer:
-            pieces = self._texts.pieces(context)
-            peak = self._texts.offset_of(int(self._scan.token_CN[context, column]))
-            contexts.append(pieces)
-            marks.append([offset == peak for offset in range(len(pieces))])
-            fired.append(pieces[peak])
+        peak_of = {
+            context: self._texts.offset_of(int(self._scan.token_CN[context, column]))
+            for context in {*plan.explainer, *plan.unjudged}
+        }
         found: list[Candidate] = []
-        lexical = explainer.lexical_explanation(contexts, fired, self._background)
+        unjudged = [self._texts.pieces(context) for context in plan.unjudged]
+        fired = [whole_word(self._texts.pieces(context), peak_of[context]) for context in plan.unjudged]
+        lexical = explainer.lexical_explanation(unjudged, fired, self._background)
         if lexical is not None:
             found.append(Candidate(lexical, "lexical"))
+        contexts = [self._texts.pieces(context) for context in plan.explainer]
+        marks = [
+            [offset == peak_of[context] for offset in range(len(pieces))]
+            for context, pieces in zip(plan.explainer, contexts, strict=True)
+        ]
         prompt = explainer.explanation_prompt(contexts, marks)
         answers = await self.client.generate(
             [prompt], EXPLANATION_TOKENS, n=self._config.rlaif.candidates, stop=explainer.STOP, seed=self._config.seed
@@ -183,6 +205,18 @@ class PoolJudge:
     def usage(self) -> dict[str, Any]:
         """The client's counters (tokens, calls, retries) and the explanations that did not parse."""
         return {**self.client.statistics(), "parse_failures": self._parse_failures}
+
+
+def whole_word(pieces: list[str], index: int) -> str:
+    """The word that a token is part of: a fragment means little to a reader."""
+    if not pieces[index].strip().isalpha():
+        return pieces[index]
+    start, end = index, index + 1
+    while start > 0 and pieces[start][:1].isalpha() and pieces[start - 1][-1:].isalpha():
+        start -= 1
+    while end < len(pieces) and pieces[end].isalpha():
+        end += 1
+    return "".join(pieces[start:end])
 
 
 def _report(config: RunConfig, calibration: Calibration) -> dict[str, Any]:

@@ -36,8 +36,8 @@ class Judge(Protocol):
         """Candidate explanations from the plan's explainer examples; may be empty."""
         ...
 
-    def probability(self, raw: float) -> float:
-        """Calibrated P(the explanation holds)."""
+    def probability(self, explanation: str, raw: float) -> float:
+        """Calibrated P(the explanation holds), comparable between explanations."""
         ...
 
 
@@ -96,8 +96,8 @@ async def compete(
     for plan, candidates in jobs:
         judged = [by_candidate.get((plan.latent, candidate.text), []) for candidate in candidates]
         probabilities = [
-            np.array([np.nan if value is None else judge.probability(value) for _, value in verdicts])
-            for verdicts in judged
+            np.array([np.nan if value is None else judge.probability(candidate.text, value) for _, value in verdicts])
+            for candidate, verdicts in zip(candidates, judged, strict=True)
         ]
         active = np.array([verdict.kind == POSITIVE for verdict, _ in judged[0]])
         weight = np.array([verdict.weight for verdict, _ in judged[0]])

@@ -27,7 +27,7 @@ from sae_ray.sae.sparse import Codes, decode, dot_pairs, sum_by_latent, sum_scal
 from sae_ray.trainer.collectives import Collectives
 from sae_ray.trainer.schedule import learning_rate
 
-THRESHOLD_MEMORY = 0.99  # per step, of the running threshold
+THRESHOLD_MEMORY = 0.95  # per step, of the running threshold: longer lags behind while the weights still move
 PARAMETERS = ("W_enc", "W_dec", "b_enc", "b_dec")
 METRICS = ("fvu", "aux", "l0", "threshold", "credit_loss", "grad_norm", "loss")
 

@@ -117,7 +117,9 @@ def reference_loss(model, sequences, replacement_D=None, layer=1) -> float:
 
 def test_losses_equal_those_of_hand_made_forward_passes(lm, sequences):
     cfg, model = lm
-    got = ce_recovered(cfg, HookConfig(layer=1), sequences, identity_sae(), batch_sequences=2, device="cpu")
+    got = ce_recovered(cfg, HookConfig(layer=1), sequences, {"sae": identity_sae()}, batch_sequences=2, device="cpu")[
+        "sae"
+    ]
     assert got.clean == pytest.approx(reference_loss(model, sequences), rel=1e-5)
     assert got.zero_ablation == pytest.approx(reference_loss(model, sequences, torch.zeros(D)), rel=1e-5)
     with torch.no_grad():
@@ -132,7 +134,7 @@ def test_losses_equal_those_of_hand_made_forward_passes(lm, sequences):
 @pytest.mark.parametrize("layer", [0, 2])
 def test_a_perfect_sae_recovers_everything_at_every_site(lm, sequences, site, layer):
     _, model = lm
-    got = splice_losses(model, HookConfig(layer=layer, site=site), sequences, identity_sae())
+    got = splice_losses(model, HookConfig(layer=layer, site=site), sequences, {"sae": identity_sae()})["sae"]
     assert got.sae == pytest.approx(got.clean, abs=1e-4)
     assert got.zero_ablation != pytest.approx(got.clean, abs=1e-3)
 
@@ -142,7 +144,7 @@ def test_an_sae_that_outputs_zero_recovers_nothing_against_zero_ablation(lm, seq
     zero = TrainedSAE(
         torch.zeros(M, D), torch.zeros(M, D), torch.zeros(M), torch.zeros(D), torch.ones(M), "batchtopk", 1
     )
-    got = splice_losses(model, HookConfig(layer=1), sequences, zero)
+    got = splice_losses(model, HookConfig(layer=1), sequences, {"sae": zero})["sae"]
     assert got.sae == got.zero_ablation
     assert got.recovered_vs_zero in (None, 0)
 
@@ -150,6 +152,6 @@ def test_an_sae_that_outputs_zero_recovers_nothing_against_zero_ablation(lm, seq
 def test_masked_positions_go_through_unchanged(lm, sequences):
     _, model = lm
     nothing = TokenBlock(sequences.tokens_SL, np.zeros_like(sequences.keep_SL))
-    got = splice_losses(model, HookConfig(layer=1), nothing, random_sae())
+    got = splice_losses(model, HookConfig(layer=1), nothing, {"sae": random_sae()})["sae"]
     assert got.sae == got.clean == got.zero_ablation == got.mean_ablation
     assert got.recovered_vs_zero is None

@@ -161,3 +161,17 @@ def test_latents_of_other_shards_and_untrusted_latents_are_left_out():
 def test_debiasing_inverts_the_judges_error_rates():
     presence = torch.tensor([0.0, 0.3, 1.0])
     assert torch.allclose(debias(observed(presence, 0.1, 0.2), 0.1, 0.2), presence)
+
+
+@pytest.mark.parametrize("says", [0.0, 1.0])
+def test_a_teacher_never_changes_a_latents_rate_by_more_than_its_trust_region(says):
+    world = make_world()
+    rows = world.batch.row_verdict
+    credit = fit(
+        "teacher_gate",
+        dataclasses.replace(world, batch=dataclasses.replace(world.batch, row_verdict=np.full_like(rows, says))),
+    )
+    score_T = world.x_TD @ credit.state_dict()["W_ND"][0] + credit.state_dict()["b_N"][0]
+    marked = (score_T.view(-1, SIZE).amax(1) > 0).double().mean()
+    own = ((world.x_TD @ world.latent.W_enc_ND[0]).view(-1, SIZE).amax(1) > world.threshold).double().mean()
+    assert 0.45 * own < marked < 2.1 * own

@@ -31,7 +31,7 @@ def test_explainer_and_judged_contexts_never_meet(seed, n_explainer, n_positives
     rng = np.random.default_rng(seed)
     plan = plan_latent(scan, 2, n_positives, 6, 6, 6, n_explainer, np.arange(0, 400, 3), rng)
     judged = [verdict.context for verdict in plan.verdicts]
-    assert not set(plan.explainer) & set(judged)
+    assert not {*plan.explainer, *plan.unjudged} & set(judged)
     assert len(judged) == len(set(judged))
     for verdict in plan.verdicts:
         assert (scan.act_CN[verdict.context, 2] > 0) == (verdict.kind == POSITIVE)

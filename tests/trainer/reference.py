@@ -71,7 +71,7 @@ class ReferenceSAE:
         self.adam.step()
         with torch.no_grad():
             self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
-        self.threshold = 0.99 * self.threshold + 0.01 * cut if self.steps else cut
+        self.threshold = 0.95 * self.threshold + 0.05 * cut if self.steps else cut
         self.steps += 1
         self.silent += len(x_BD)
         self.silent[mask.any(0)] = 0
