@@ -75,6 +75,7 @@ class Controller:
         self._judge_polled = 0.0
         self._status_ref: ray.ObjectRef | None = None
         self._rates = RateMeter()
+        self._round_wait_s: float | None = None  # how long the trainer last stood still for a round
 
     @property
     def submitted_step(self) -> int:
@@ -327,12 +328,15 @@ class Controller:
         """The trainer has run ahead as far as it may; the rewards decide when it goes on."""
         if self.open_round is not None:
             self.progress.phase("RLAIF", f"step {self.submitted_step}: waiting for round {self.open_round.number}")
+        began = time.monotonic()
         while self.open_round is not None:
             self._wait_once()
             if self.open_round is not None:
                 self.open_round.deadline.check()
             if self.interrupt.requested:
                 self._stop_early()
+        self._round_wait_s = time.monotonic() - began
+        self._rates.restart()
         self.progress.phase("RLAIF", f"round {self.rounds_done} of {self.config.rlaif.rounds} applied")
 
     def _apply_round(self) -> None:
@@ -372,9 +376,7 @@ class Controller:
         status.producer_tokens_per_s = stream["tokens_per_s"]
         status.blocks_held, status.blocks_leased = stream["held"], stream["leased"]
         status.trainer_tokens_per_s = self._rates.tokens_per_s()
-        steps_per_s = self._rates.steps_per_s()
-        left = self.config.total_steps - status.step
-        status.seconds_left = left / steps_per_s if steps_per_s else None
+        status.seconds_left = self._seconds_left()
         if self.desk is not None:
             self._poll_desk()
         for name in Gauges.NAMES:
@@ -382,6 +384,14 @@ class Controller:
             if value is not None:
                 self.gauges.set(name, value)
         self.progress.refresh()
+
+    def _seconds_left(self) -> float | None:
+        """Until the last step: steps at the recent rate, and the waits for rounds to come at the last one's length."""
+        steps_per_s = self._rates.steps_per_s()
+        rounds_left = self.config.rlaif.rounds - self.rounds_done if self.config.rlaif.enabled else 0
+        if steps_per_s is None or (rounds_left and self._round_wait_s is None):
+            return None
+        return (self.config.total_steps - self.status.step) / steps_per_s + rounds_left * (self._round_wait_s or 0)
 
     def _poll_desk(self) -> None:
         """Asks the desk for its counters without ever waiting for the answer."""
@@ -429,11 +439,16 @@ class RateMeter:
     SPAN_S = 30.0
 
     def __init__(self) -> None:
-        self._samples: list[tuple[float, int, int]] = [(time.monotonic(), 0, 0)]
+        self._samples: list[tuple[float, int, int]] = []
+
+    def restart(self) -> None:
+        """Forgets the past, after a wait that says nothing about the trainer's speed."""
+        self._samples = []
 
     def add(self, tokens: int, step: int) -> None:
         now = time.monotonic()
-        self._samples.append((now, self._samples[-1][1] + tokens, step))
+        before = self._samples[-1][1] if self._samples else 0
+        self._samples.append((now, before + tokens, step))
         while len(self._samples) > 2 and self._samples[1][0] < now - self.SPAN_S:
             self._samples.pop(0)
 
@@ -444,7 +459,7 @@ class RateMeter:
         return self._rate(2)
 
     def _rate(self, column: int) -> float | None:
-        first, last = self._samples[0], self._samples[-1]
-        if len(self._samples) < 3 or last[0] <= first[0]:
+        if len(self._samples) < 3:
             return None
+        first, last = self._samples[0], self._samples[-1]
         return float((last[column] - first[column]) / (last[0] - first[0]))

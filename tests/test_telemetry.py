@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from sae_ray.telemetry import Progress, RunLog, RunStatus, read_jsonl
+
+
+def test_steps_that_will_be_trained_again_leave_the_metrics(tmp_path):
+    log = RunLog(tmp_path)
+    log.metrics([{"step": step, "loss": 1.0 / step} for step in (1, 2, 3)])
+    log.rewind(2)
+    log.metrics([{"step": 3, "loss": 9.0}])
+    log.close()
+    assert [(row["step"], row["loss"]) for row in read_jsonl(tmp_path / "metrics.jsonl")] == [
+        (1, 1.0),
+        (2, 0.5),
+        (3, 9.0),
+    ]
+
+
+def test_a_line_torn_by_a_crash_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"ste')
+    assert read_jsonl(path) == [{"step": 1}, {"step": 2}]
+    RunLog(tmp_path, resume_at=1).close()
+    assert path.read_text() == '{"step": 1}\n'
+
+
+@pytest.fixture
+def plain():
+    buffer = io.StringIO()
+    return buffer, Console(file=buffer, width=200, force_terminal=False)
+
+
+def test_without_a_terminal_progress_is_plain_lines(plain, tmp_path):
+    buffer, console = plain
+    status = RunStatus(total_steps=100)
+    log = RunLog(tmp_path)
+    with Progress("run", status, console, log) as progress:
+        progress.phase("reconstruction", "100 steps")
+        status.step, status.fvu, status.l0 = 40, 0.25, 31.9
+        status.judge_queue, status.verdicts, status.verdicts_per_s, status.seconds_left = 7, 12, 3.5, 61
+        progress.refresh(force=True)
+    log.close()
+    out = buffer.getvalue()
+    assert "\x1b" not in out
+    assert "reconstruction: 100 steps" in out
+    for part in ("step 40/100", "FVU 0.250", "L0 31.9", "queue 7", "verdicts 12 (3.5/s)", "left 01:01"):
+        assert part in out
+    phases = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [event["name"] for event in phases if event["event"] == "phase"] == ["starting", "reconstruction"]
+
+
+def test_on_a_terminal_progress_is_a_live_panel():
+    buffer = io.StringIO()
+    status = RunStatus(phase="RLAIF", step=3, total_steps=4, fvu=0.5)
+    with Progress("run", status, Console(file=buffer, force_terminal=True, width=100)) as progress:
+        progress.say("a line that stays")
+        progress.refresh()
+    out = buffer.getvalue()
+    assert "a line that stays" in out
+    assert "step 3/4" in out
+    assert "0.500" in out
