@@ -25,6 +25,7 @@ from sae_ray.reward.evidence import (
     ContextLayout,
     ContextScan,
     LatentPlan,
+    Quota,
     choose_latents,
     density_matched_threshold,
     layout_contexts,
@@ -104,7 +105,7 @@ async def measure_detection(
         missing = [int(latent) for latent in latents if int(latent) not in explanations[name]]
         if missing:
             say(f"explaining {len(missing)} latents of {name}")
-            explanations[name] |= await _explain(config, scan, missing, seen, judge, rng)
+            explanations[name] |= await _explain(config, scan, missing, seen, judge)
 
     table: dict[str, Any] = {}
     by_latent: dict[int, dict[str, Any]] = {
@@ -113,8 +114,7 @@ async def measure_detection(
     for name, sae in versions.items():
         say(f"judging {name} on held-out texts")
         scan = unseen.scan(sae, latents)
-        # The same draws for every version: where versions agree on a latent they are judged on the same texts.
-        choices = _heldout_choices(config, scan, explanations[name], np.random.default_rng([config.seed, 13]))
+        choices = _heldout_choices(config, scan, explanations[name])
         found, verdicts = await _detect(choices, unseen.texts, judge, rng)
         table[name] = summary(found)
         for choice, detection in zip(choices, found, strict=True):
@@ -173,42 +173,24 @@ def _unjudged_latents(config: RunConfig, sae: TrainedSAE, view: SplitView, rng: 
 
 
 async def _explain(
-    config: RunConfig,
-    scan: ContextScan,
-    latents: list[int],
-    view: SplitView,
-    judge: PoolJudge,
-    rng: np.random.Generator,
+    config: RunConfig, scan: ContextScan, latents: list[int], view: SplitView, judge: PoolJudge
 ) -> dict[int, Candidate]:
     judge.bind(view.texts, scan)
-    plans = [plan for plan in make_plans(config, scan, rng) if plan.latent in set(latents)]
+    plans = [plan for plan in make_plans(config, scan) if plan.latent in set(latents)]
     choices, _ = await compete(plans, {}, view.texts, judge, lambda *args, **kwargs: {})
     return {choice.plan.latent: choice.explanation for choice in choices}
 
 
-def _heldout_choices(
-    config: RunConfig, scan: ContextScan, explanations: dict[int, Candidate], rng: np.random.Generator
-) -> list[Choice]:
+def _heldout_choices(config: RunConfig, scan: ContextScan, explanations: dict[int, Candidate]) -> list[Choice]:
     """Held-out contexts for each explained latent; all of them score, none of them chose."""
     settings = config.evaluation
     per_kind = max(1, settings.negatives // 3)
-    kept = np.flatnonzero(np.isfinite(scan.margin_CN).any(axis=1))
-    pool = rng.choice(kept, size=min(len(kept), 16 * settings.negatives), replace=False)
+    quota = Quota(settings.positives, per_kind, per_kind, settings.negatives - 2 * per_kind, explainer=0)
     choices = []
     for column, latent in enumerate(scan.latents.tolist()):
         if latent not in explanations or (scan.act_CN[:, column] > 0).sum() < MIN_POSITIVES:
             continue
-        plan = plan_latent(
-            scan,
-            column,
-            settings.positives,
-            per_kind,
-            per_kind,
-            settings.negatives - 2 * per_kind,
-            0,
-            pool,
-            rng,
-        )
+        plan = plan_latent(scan, column, quota, (config.seed, 13))
         verdicts = [replace(verdict, select=False) for verdict in plan.verdicts]
         choices.append(Choice(replace(plan, verdicts=verdicts), explanations[latent]))
     return choices
@@ -253,8 +235,8 @@ async def _random_directions(
         )
         for view in (seen, unseen)
     ]
-    explanations = await _explain(config, scans[0], ids.tolist(), seen, judge, rng)
-    choices = _heldout_choices(config, scans[1], explanations, rng)
+    explanations = await _explain(config, scans[0], ids.tolist(), seen, judge)
+    choices = _heldout_choices(config, scans[1], explanations)
     found, _ = await _detect(choices, unseen.texts, judge, rng)
     return found
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # Share of the active contexts that verdicts must confirm before a latent's teacher leaves the SAE's own direction.
 MIN_CONFIRMED = 0.25
 # By how much a teacher may change the share of contexts that a latent marks, in one round.
-MAX_RATE_CHANGE = 2.0
+MAX_RATE_CHANGE = 1.25
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class TeacherGate:
     the encoder's own direction, both at unit S-norm: `t_j = shrink * w_j + (1 - shrink) * d_j`. A Platt map
     of the context's largest `t_j . (x - mean)`, fitted at the natural prior through the judge's error
     rates, says in which share of contexts the concept is present; the teacher's threshold is set to mark that
-    share, but never less than half or more than twice what the latent itself marks (MAX_RATE_CHANGE): a few
+    share, but never further than a factor of MAX_RATE_CHANGE from what the latent itself marks: a few
     dozen verdicts cannot tell a rare concept from an absent one, and a teacher that marks nothing would
     silence its latent. Tokens above the threshold are pseudo-positives y, expected r_j per token, and the
     gate BCE pulls the encoder's gate toward them on the natural distribution:

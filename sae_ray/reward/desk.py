@@ -25,6 +25,7 @@ from sae_ray.reward.evidence import (
     ContextScan,
     LatentPlan,
     PlannedVerdict,
+    Quota,
     choose_latents,
     plan_latent,
 )
@@ -33,7 +34,7 @@ from sae_ray.reward.rounds import Candidate, compete, detect, rewards_of
 from sae_ray.storage import LocalStorage
 
 CHUNK_LATENTS = 8  # latents whose verdicts are committed together: what a crash can lose
-RANDOM_POOL_FACTOR = 16  # random contexts come from a pool of this many per latent quota, shared by all latents
+CHUNKS_AT_ONCE = 2
 
 
 class RewardDesk:
@@ -80,13 +81,23 @@ class RewardDesk:
         texts = ContextTexts(self.config, [await ref for ref in evidence])
         latents = await self._latents_of_round(number, ranks, evidence, texts.n_contexts, rng)
         scan = await self._scan(ranks, evidence, latents)
-        plans = make_plans(self.config, scan, rng)
+        plans = make_plans(self.config, scan)
         self.judge.bind(texts, scan)
-        rewards, rows = [], []
-        for start in range(0, len(plans), CHUNK_LATENTS):
-            chunk_rewards, chunk_rows = await self._judge_chunk(
-                number, step, plans[start : start + CHUNK_LATENTS], scan, texts, rng
-            )
+        rewards: list[LatentReward] = []
+        rows: list[dict[str, Any]] = []
+        # Two at a time: while one chunk's explanations are being written, the judge reads the other's texts.
+        chunks = asyncio.Semaphore(CHUNKS_AT_ONCE)
+
+        async def judge(start: int) -> tuple[list[LatentReward], list[dict[str, Any]]]:
+            async with chunks:
+                chunk_rng = np.random.default_rng([self.config.seed, 8, number, start])
+                return await self._judge_chunk(
+                    number, step, plans[start : start + CHUNK_LATENTS], scan, texts, chunk_rng
+                )
+
+        for chunk_rewards, chunk_rows in await asyncio.gather(
+            *(judge(start) for start in range(0, len(plans), CHUNK_LATENTS))
+        ):
             rewards += chunk_rewards
             rows += chunk_rows
         if not rewards:
@@ -173,18 +184,13 @@ class RewardDesk:
         return rewards, rows
 
 
-def make_plans(config: RunConfig, scan: ContextScan, rng: np.random.Generator) -> list[LatentPlan]:
+def make_plans(config: RunConfig, scan: ContextScan) -> list[LatentPlan]:
     """Plans for every scanned latent that still has positives on both halves."""
     settings = config.rlaif
-    kept = np.flatnonzero(np.isfinite(scan.margin_CN).any(axis=1))
-    pool = rng.choice(kept, size=min(len(kept), RANDOM_POOL_FACTOR * max(1, settings.randoms)), replace=False)
-    plans = [
-        plan_latent(
-            scan, column, settings.positives, settings.near_misses, settings.siblings, settings.randoms,
-            settings.explainer_examples, pool, rng,
-        )
-        for column in range(len(scan.latents))
-    ]  # fmt: skip
+    quota = Quota(
+        settings.positives, settings.near_misses, settings.siblings, settings.randoms, settings.explainer_examples
+    )
+    plans = [plan_latent(scan, column, quota, (config.seed, 9)) for column in range(len(scan.latents))]
     return [plan for plan in plans if _judgeable(plan)]
 
 

@@ -142,39 +142,45 @@ class LatentPlan:
     unjudged: list[int]  # all active contexts that are not judged, strongest first: free for token statistics
 
 
-def plan_latent(
-    scan: ContextScan,
-    column: int,
-    n_positives: int,
-    n_near: int,
-    n_siblings: int,
-    n_random: int,
-    n_explainer: int,
-    random_pool: np.ndarray,
-    rng: np.random.Generator,
-) -> LatentPlan:
+@dataclass(frozen=True)
+class Quota:
+    """How many contexts of each kind a latent gets."""
+
+    positives: int
+    near_misses: int
+    siblings: int
+    randoms: int
+    explainer: int
+
+
+def plan_latent(scan: ContextScan, column: int, quota: Quota, seed: tuple[int, ...]) -> LatentPlan:
     """Chooses the explainer's examples and the contexts that one latent is judged on.
 
     Positives are spread over activation quantiles. Negatives are near misses (largest margin under the
     threshold), contexts of the scanned latent that responds most alike (a sibling's text tells a specific
-    explanation from a broad one), and random ones from a pool shared by all latents (so that the judge
-    reads each text once). Explainer and judged contexts are disjoint.
+    explanation from a broad one), and random ones. Explainer and judged contexts are disjoint.
+
+    Every context carries a fixed random key, and the lowest keys are taken: two versions of a latent that are
+    active in nearly the same contexts are judged on nearly the same texts, so that differences between them are
+    not drowned by the draw. Keys of random contexts are shared by all latents: the judge reads each text once.
     """
+    n_contexts = len(scan.act_CN)
+    own_C = np.random.default_rng([*seed, int(scan.latents[column])]).random(n_contexts)
+    shared_C = np.random.default_rng(seed).random(n_contexts)
     act_C, margin_C = scan.act_CN[:, column], scan.margin_CN[:, column]
-    kept_C = np.isfinite(margin_C)
     active = np.flatnonzero(act_C > 0)
     active = active[np.argsort(-act_C[active], kind="stable")]
-    explainer, rest = _split_for_explainer(active, n_explainer, rng)
-    positives = _spread(rest, n_positives, rng)
-    taken = {*explainer.tolist(), *positives.tolist()}
+    explainer = _for_explainer(active, quota.explainer, own_C)
+    positives = _spread(active[~np.isin(active, explainer)], quota.positives, own_C)
 
-    inactive = np.flatnonzero((act_C == 0) & kept_C)
-    near_pool = inactive[np.argsort(-margin_C[inactive], kind="stable")][: max(4 * n_near, len(inactive) // 20)]
-    near = _sample(near_pool, n_near, taken, rng)
+    inactive = np.flatnonzero((act_C == 0) & np.isfinite(margin_C))
+    by_margin = inactive[np.argsort(-margin_C[inactive], kind="stable")]
+    near_pool = by_margin[: max(4 * quota.near_misses, len(inactive) // 20)]
+    near = _lowest(near_pool, quota.near_misses, own_C)
     sibling_pool = np.setdiff1d(np.intersect1d(_sibling_contexts(scan, column), inactive), near_pool)
-    siblings = _sample(sibling_pool, n_siblings, taken, rng)
+    siblings = _lowest(sibling_pool, quota.siblings, own_C)
     far_pool = np.setdiff1d(inactive, np.concatenate([near_pool, sibling_pool]))
-    randoms = _sample(np.intersect1d(random_pool, far_pool), n_random, taken, rng)
+    randoms = _lowest(far_pool, quota.randoms, shared_C)
 
     verdicts: list[PlannedVerdict] = []
     strata = [
@@ -190,31 +196,24 @@ def plan_latent(
     return LatentPlan(int(scan.latents[column]), explainer.tolist(), verdicts, unjudged.tolist())
 
 
-def _split_for_explainer(active: np.ndarray, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Half the examples from the top quarter, half from all of it; the rest may be judged."""
+def _for_explainer(active: np.ndarray, n: int, key_C: np.ndarray) -> np.ndarray:
+    """Half the examples from the strongest quarter, half from all others; at most half of what there is."""
     n = min(n, len(active) // 2)
     top = active[: max(n, len(active) // 4)]
-    first = rng.choice(top, size=min(len(top), (n + 1) // 2), replace=False) if n else active[:0]
-    others = np.setdiff1d(active, first)
-    second = rng.choice(others, size=n - len(first), replace=False) if n > len(first) else active[:0]
-    chosen = np.concatenate([first, second])
-    in_order = active[np.isin(active, chosen)]
-    return in_order, active[~np.isin(active, chosen)]
+    first = _lowest(top, (n + 1) // 2, key_C)
+    second = _lowest(np.setdiff1d(active, first), n - len(first), key_C)
+    return active[np.isin(active, np.concatenate([first, second]))]
 
 
-def _spread(ordered: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
-    """One random element from each of n quantile groups of `ordered`, in random order."""
+def _spread(ordered: np.ndarray, n: int, key_C: np.ndarray) -> np.ndarray:
+    """The lowest key of each of n quantile groups of `ordered`, in order of key."""
     groups = [group for group in np.array_split(ordered, n) if len(group)]
-    chosen = np.array([rng.choice(group) for group in groups], dtype=np.int64)
-    rng.shuffle(chosen)
-    return chosen
+    chosen = np.array([group[key_C[group].argmin()] for group in groups], dtype=np.int64)
+    return chosen[np.argsort(key_C[chosen], kind="stable")]
 
 
-def _sample(pool: np.ndarray, n: int, taken: set[int], rng: np.random.Generator) -> np.ndarray:
-    free = np.array([c for c in pool.tolist() if c not in taken], dtype=np.int64)
-    chosen = rng.choice(free, size=min(n, len(free)), replace=False)
-    taken.update(chosen.tolist())
-    return chosen
+def _lowest(pool: np.ndarray, n: int, key_C: np.ndarray) -> np.ndarray:
+    return pool[np.argsort(key_C[pool], kind="stable")[:n]]
 
 
 def _sibling_contexts(scan: ContextScan, column: int) -> np.ndarray:

@@ -132,7 +132,8 @@ class PoolJudge:
         new = [pair for pair in dict.fromkeys([*pairs, *levels]) if pair not in self._known]
         # By text, so that the calls on one text stand together and share its KV.
         new.sort(key=lambda pair: pair[0])
-        self._waiting += len(new)
+        unasked = len(new)
+        self._waiting += unasked
         try:
             for start in range(0, len(new), 256):
                 part = new[start : start + 256]
@@ -140,10 +141,10 @@ class PoolJudge:
                     if value is not None:
                         self._known[pair] = value
                 self._waiting -= len(part)
+                unasked -= len(part)
                 self._count(len(part))
-        except BaseException:
-            self._waiting = 0
-            raise
+        finally:
+            self._waiting -= unasked
         return [self._known.get(pair) for pair in pairs]
 
     def _count(self, verdicts: int) -> None:

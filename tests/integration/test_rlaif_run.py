@@ -1,4 +1,4 @@
-"""The whole loop on a tiny run: real producers, real ranks, real vLLM judge, rewards back into the weights' gradients."""
+"""The whole loop on a tiny run: real producers, ranks and vLLM judge, and rewards on their way back."""
 
 from __future__ import annotations
 

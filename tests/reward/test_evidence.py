@@ -8,6 +8,7 @@ from sae_ray.reward.evidence import (
     POSITIVE,
     SIBLING,
     ContextScan,
+    Quota,
     choose_latents,
     density_matched_threshold,
     layout_contexts,
@@ -28,8 +29,7 @@ def random_scan(seed: int, contexts: int = 400, latents: int = 6) -> ContextScan
 @given(seed=st.integers(0, 10_000), n_explainer=st.integers(0, 12), n_positives=st.integers(1, 30))
 def test_explainer_and_judged_contexts_never_meet(seed, n_explainer, n_positives):
     scan = random_scan(seed)
-    rng = np.random.default_rng(seed)
-    plan = plan_latent(scan, 2, n_positives, 6, 6, 6, n_explainer, np.arange(0, 400, 3), rng)
+    plan = plan_latent(scan, 2, Quota(n_positives, 6, 6, 6, n_explainer), (seed,))
     judged = [verdict.context for verdict in plan.verdicts]
     assert not {*plan.explainer, *plan.unjudged} & set(judged)
     assert len(judged) == len(set(judged))
@@ -44,7 +44,7 @@ def test_explainer_and_judged_contexts_never_meet(seed, n_explainer, n_positives
 
 
 def test_both_halves_of_a_plan_hold_positives_and_negatives():
-    plan = plan_latent(random_scan(1), 0, 12, 6, 6, 6, 8, np.arange(400), np.random.default_rng(0))
+    plan = plan_latent(random_scan(1), 0, Quota(12, 6, 6, 6, 8), (0,))
     for half in (True, False):
         kinds = [verdict.kind for verdict in plan.verdicts if verdict.select == half]
         assert kinds.count(POSITIVE) == 6
@@ -53,7 +53,7 @@ def test_both_halves_of_a_plan_hold_positives_and_negatives():
 
 def test_weights_restore_the_natural_prior():
     scan = random_scan(3)
-    plan = plan_latent(scan, 1, 12, 6, 6, 30, 0, np.arange(400), np.random.default_rng(0))
+    plan = plan_latent(scan, 1, Quota(12, 6, 6, 30, 0), (0,))
     active = sum(v.weight for v in plan.verdicts if v.kind == POSITIVE)
     everything = sum(v.weight for v in plan.verdicts)
     assert active == pytest.approx((scan.act_CN[:, 1] > 0).sum())
@@ -114,3 +114,24 @@ def test_matched_thresholds_give_the_wanted_density():
     margin = np.random.default_rng(0).normal(size=(100, 2))
     threshold = density_matched_threshold(margin, np.array([10, 40]))
     assert ((margin >= threshold).sum(0) == [10, 40]).all()
+
+
+def test_versions_that_nearly_agree_are_judged_on_nearly_the_same_texts():
+    scan = random_scan(4)
+    margin_CN = scan.margin_CN + np.random.default_rng(9).normal(0, 0.02, scan.margin_CN.shape).astype(np.float32)
+    act_CN = np.where(margin_CN > 0, margin_CN + 0.5, 0).astype(np.float32)
+    other = ContextScan(scan.latents, act_CN, margin_CN, scan.token_CN)
+    quota = Quota(12, 6, 6, 6, 0)
+    a, b = (
+        {(v.context, v.kind == POSITIVE) for v in plan_latent(each, 1, quota, (5,)).verdicts} for each in (scan, other)
+    )
+    assert len(a & b) > 0.6 * len(a)
+
+
+def test_latents_share_their_random_texts():
+    scan = random_scan(6)
+    quota = Quota(12, 6, 6, 6, 0)
+    first, second = (
+        {v.context for v in plan_latent(scan, column, quota, (5,)).verdicts if v.kind == "random"} for column in (0, 1)
+    )
+    assert first & second
