@@ -89,6 +89,8 @@ class Controller:
         config = self.config
         self.progress.phase("starting", "producers and trainer ranks")
         self.stream.start(on_wait=self._on_wait)
+        for producer in self.stream.producers:
+            self.log.event("stream", what="producer_ready", **producer)
         self._start_group()
         if config.rlaif.enabled and self.submitted_step < config.total_steps:
             self._start_judging()

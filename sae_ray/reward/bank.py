@@ -20,7 +20,7 @@ SCHEMA = pa.schema(
         ("sae_step", pa.int64()),  # the step of the SAE whose evidence this is
         ("latent", pa.int64()),
         ("explanation", pa.string()),
-        ("explainer", pa.string()),  # where the explanation came from: llm, lexical, previous
+        ("explainer", pa.string()),  # where the explanation came from: llm or lexical
         ("chosen", pa.bool_()),  # whether the explanation won its competition
         ("purpose", pa.string()),  # select | score | shuffled
         ("context", pa.int64()),  # index among the evidence split's contexts

@@ -45,10 +45,10 @@ class RewardDesk:
         self.judge = PoolJudge(self.config)
         self.bank = VerdictBank(LocalStorage(self.config.run_dir))
         self._state = "starting"
-        self._explanations: dict[int, str] = {}
+        self._explanations: dict[int, Candidate] = {}
         for row in self.bank.read():
             if row["chosen"] and row["purpose"] == "score":
-                self._explanations[row["latent"]] = row["explanation"]
+                self._explanations[row["latent"]] = Candidate(row["explanation"], row["explainer"])
 
     async def calibrate(self) -> dict[str, Any]:
         """Measures the judge on planted items; the pool must serve.
@@ -180,7 +180,7 @@ class RewardDesk:
         rows += more
         if rows:
             self.bank.append(rows)
-        self._explanations |= {reward.latent: reward.explanation for reward in rewards}
+        self._explanations |= {r.latent: Candidate(r.explanation, r.explainer) for r in rewards}
         return rewards, rows
 
 

@@ -22,7 +22,7 @@ from sae_ray.reward.evidence import POSITIVE, LatentPlan, PlannedVerdict
 @dataclass(frozen=True)
 class Candidate:
     text: str
-    explainer: str  # llm | lexical | previous
+    explainer: str  # llm | lexical
 
 
 class Judge(Protocol):
@@ -61,7 +61,7 @@ class Detection:
 
 async def compete(
     plans: list[LatentPlan],
-    previous: Mapping[int, str],
+    previous: Mapping[int, Candidate],
     texts: Mapping[int, str],
     judge: Judge,
     make_row: Callable[..., dict[str, Any]],
@@ -76,7 +76,7 @@ async def compete(
     offered = await asyncio.gather(*(judge.explain(plan) for plan in plans))
     jobs: list[tuple[LatentPlan, list[Candidate]]] = []
     for plan, candidates in zip(plans, offered, strict=True):
-        known = [Candidate(previous[plan.latent], "previous")] if plan.latent in previous else []
+        known = [previous[plan.latent]] if plan.latent in previous else []
         distinct = {candidate.text: candidate for candidate in [*candidates, *known]}
         if distinct:
             jobs.append((plan, list(distinct.values())))

@@ -21,7 +21,7 @@ from sae_ray.judge.client import JudgeClient
 from sae_ray.judge.deploy import JudgeApp
 from sae_ray.judge.explainer import STOP, explanation_prompt, parse_explanation
 from sae_ray.judge.planting import plant_items
-from sae_ray.judge.prompts import explanation_continuation, likelihood_prompt
+from sae_ray.judge.prompts import DISTRACTORS, explanation_continuation, likelihood_prompt
 from sae_ray.judge.reading import Reader
 
 pytestmark = pytest.mark.timeout(600)
@@ -184,7 +184,7 @@ def test_calibration_on_the_installed_documentation_picks_likelihood(
 def test_a_killed_replica_costs_time_but_no_answer_and_leaves_no_process(
     judge_app: JudgeApp, judge_config: JudgeConfig, described: dict[str, Any]
 ) -> None:
-    texts = [f"Record {i} describes the file at its path and the time of the request." for i in range(24)]
+    texts = [f"Record {i} describes the file at its path and the time of the request." for i in range(40)]
     pairs = [(text, explanation) for text in texts for explanation in EXPLANATIONS]
     patient = judge_config.model_copy(update={"deadline_s": 300.0})
     old = engine_processes(described["pid"])
@@ -203,8 +203,9 @@ def test_a_killed_replica_costs_time_but_no_answer_and_leaves_no_process(
     assert all(v is not None for v in verdicts)
     counters = client.counters
     assert counters.retries > 0
-    # 24 texts and no text, each with 4 explanations and 4 distractors: every reading done once, none lost.
-    assert (counters.submitted, counters.done, counters.failed, counters.running) == (200, 200, 0, 0)
+    # 40 texts and no text, each with every explanation and distractor: every reading done once, none lost.
+    readings = 41 * (len(EXPLANATIONS) + len(DISTRACTORS))
+    assert (counters.submitted, counters.done, counters.failed, counters.running) == (readings, readings, 0, 0)
     assert not alive(old)
 
 

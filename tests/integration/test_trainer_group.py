@@ -64,20 +64,7 @@ def block(block_id: int, bad: bool = False) -> dict:
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        object_store_memory=200 * 2**20,
-        log_to_driver=False,
-    )
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture(scope="module")
-def blocks(cluster) -> list[ray.ObjectRef]:
+def blocks(ray_session: None) -> list[ray.ObjectRef]:
     return [ray.put(block(i)) for i in range(20)]
 
 
@@ -169,11 +156,11 @@ def test_a_checkpoint_of_two_shards_trains_on_in_one_process(blocks, tmp_path):
         group.stop()
 
 
-def test_a_cluster_without_room_says_what_is_missing(cluster, tmp_path):
+def test_a_cluster_without_room_says_what_is_missing(ray_session: None, tmp_path):
     config = run_config(tmp_path, wait_s=2)
-    greedy = config.model_copy(update={"trainer": config.trainer.model_copy(update={"cpus": 3.0})})
+    greedy = config.model_copy(update={"trainer": config.trainer.model_copy(update={"cpus": 30.0})})
     began = time.monotonic()
-    with pytest.raises(UserError, match=r"needs on one node 6 CPU \(free: .* of 2\)"):
+    with pytest.raises(UserError, match=r"needs on one node 60 CPU \(free: .* of 8\)"):
         TrainerGroup.start(greedy, D_IN, generation=0)
     assert time.monotonic() - began < 30
 
