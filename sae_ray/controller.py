@@ -17,9 +17,8 @@ event log says at which step.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import ray
 
@@ -27,9 +26,9 @@ from sae_ray.activations.stream import BlockStream
 from sae_ray.config import RunConfig
 from sae_ray.errors import RunInterrupted, UserError
 from sae_ray.judge.deploy import JudgeApp
-from sae_ray.reward.desk import RewardDesk
+from sae_ray.reward.link import Calibrated, DeskLink, JudgedRound
 from sae_ray.session import Deadline, Interrupt
-from sae_ray.telemetry import Gauges, Progress, RunLog, RunStatus
+from sae_ray.telemetry import Gauges, Progress, RateMeter, RunLog, RunStatus
 from sae_ray.trainer import checkpoint
 from sae_ray.trainer.group import RankDied, TrainerGroup
 from sae_ray.trainer.mixing import Cursor
@@ -37,17 +36,6 @@ from sae_ray.trainer.pipeline import TrainedWindow, WindowPipeline
 
 POLL_S = 1.0
 WINDOWS_IN_FLIGHT = 2
-JUDGE_POLL_S = 2.0
-
-
-@dataclass
-class OpenRound:
-    """A judging round that was requested and has not come back."""
-
-    number: int
-    requested_step: int
-    ref: ray.ObjectRef
-    deadline: Deadline
 
 
 class Controller:
@@ -62,18 +50,13 @@ class Controller:
         self.gauges = Gauges(config.name)
         self.stream = BlockStream(config)
         self.judge = JudgeApp(config.judge, config.name, keep_serve=config.ray.address == "local")
-        self.desk: Any = None
+        self.desk = DeskLink(config, self.judge)
         self.committed_step = 0
         self.rounds_done = 0
         self.generation = 0
-        self.open_round: OpenRound | None = None
         self.group: TrainerGroup
         self.pipeline: WindowPipeline
         self._evidence: list[ray.ObjectRef] = []
-        self._calibration: ray.ObjectRef | None = None
-        self._calibrating = False
-        self._judge_polled = 0.0
-        self._status_ref: ray.ObjectRef | None = None
         self._rates = RateMeter()
         self._round_wait_s: float | None = None  # how long the trainer last stood still for a round
 
@@ -86,14 +69,25 @@ class Controller:
 
     def run(self) -> None:
         """Trains to the last step; every phase can be entered by a resumed run."""
-        config = self.config
         self.progress.phase("starting", "producers and trainer ranks")
         self.stream.start(on_wait=self._on_wait)
         for producer in self.stream.producers:
             self.log.event("stream", what="producer_ready", **producer)
-        self._start_group()
-        if config.rlaif.enabled and self.submitted_step < config.total_steps:
-            self._start_judging()
+        died: RankDied | None = None
+        while True:
+            try:
+                if died is not None:
+                    self._end_generation(died)
+                self._start_group()
+                return self._phases()
+            except RankDied as error:
+                died = error
+
+    def _phases(self) -> None:
+        """All phases from wherever the group stands, after a resume as after a rebuild."""
+        config = self.config
+        if config.rlaif.enabled and self.submitted_step < config.total_steps and not self.desk.started:
+            self.desk.start()
         if self.submitted_step < config.trainer.steps:
             self.progress.phase("reconstruction", f"{config.trainer.steps} steps")
             self._train_until(config.trainer.steps)
@@ -108,30 +102,32 @@ class Controller:
         self.progress.phase("evidence", f"{config.evidence_blocks} blocks of the evidence split")
         self._evidence = self._wait_evidence()
         self.progress.phase("calibration", "planted items, both verdict modes")
-        self._wait_calibration()
+        limit = self.config.judge.start_timeout_s + config.round_timeout_s
+        self._wait_while(
+            lambda: not self.desk.calibrated,
+            Deadline(limit, f"the judge {self.config.judge.model} to start and be calibrated"),
+        )
         if config.control and not self.group.has_control:
             self.group.fork_control()
         self.progress.phase("RLAIF", f"{config.steps} steps, {config.rounds} rounds, {config.latents} latents")
         for number in range(self.rounds_done, config.rounds):
             start = round_start(self.config, number)
             self._train_until(start)
-            self._open_round(number)
+            self.desk.open_round(number, self.submitted_step, self.group.rank_handles, self._evidence)
+            self.log.event("round_requested", round=number, step=self.submitted_step)
             self._train_until(min(start + config.max_staleness_steps, round_start(self.config, number + 1)))
-            self._wait_round()
+            self._wait_round(number)
         self._train_until(self.config.total_steps)
 
     # -- training -------------------------------------------------------------------------------------
 
     def _train_until(self, last_step: int) -> None:
-        """Trains up to and including `last_step`, rebuilding the group if a rank dies."""
+        """Trains up to and including `last_step`."""
         while self.submitted_step < last_step or len(self.pipeline):
-            try:
-                self._submit_windows(last_step)
-                self._wait_once()
-                if self._commit_due() and self.submitted_step < last_step and not len(self.pipeline):
-                    self._commit()
-            except RankDied as error:
-                self._rebuild(error)
+            self._submit_windows(last_step)
+            self._wait_once()
+            if self._commit_due() and self.submitted_step < last_step and not len(self.pipeline):
+                self._commit()
             if self.interrupt.requested:
                 self._stop_early()
 
@@ -153,22 +149,14 @@ class Controller:
         """Waits for anything at all, then hands each result to whoever it belongs to."""
         for event in self.stream.pump(time.monotonic()):
             self.log.event("stream", **event)
-        pending = [*self.stream.pending_refs(), *self.pipeline.pending_refs()]
-        if self.open_round is not None:
-            pending.append(self.open_round.ref)
-        if self._calibrating:
-            self._poll_judge()
-        if self._calibration is not None:
-            pending.append(self._calibration)
+        self.desk.pump()
+        pending = [*self.stream.pending_refs(), *self.pipeline.pending_refs(), *self.desk.pending_refs()]
         done, _ = ray.wait(pending, num_returns=1, timeout=POLL_S, fetch_local=False) if pending else ([], [])
-        now = time.monotonic()
         for ref in done:
-            if self.open_round is not None and ref == self.open_round.ref:
-                self._apply_round()
-            elif ref == self._calibration:
-                self._finish_calibration()
+            if self.desk.owns(ref):
+                self._on_judged(self.desk.on_ready(ref))
             elif self.stream.owns(ref):
-                for event in self.stream.on_ready(ref, now):
+                for event in self.stream.on_ready(ref, time.monotonic()):
                     self.log.event("stream", **event)
             elif (trained := self.pipeline.on_ready(ref)) is not None:
                 self._on_window(trained)
@@ -254,118 +242,67 @@ class Controller:
             if self.interrupt.requested:
                 raise RunInterrupted("stopped before training began; nothing to resume")
 
-    def _rebuild(self, error: Exception) -> None:
-        """A dead rank ends its generation: the whole group is rebuilt from the last commit."""
+    def _end_generation(self, died: RankDied) -> None:
+        """A dead rank ends its generation: the whole group is built again from the last commit."""
         self.generation += 1
-        self.log.event("rank_died", error=str(error), generation=self.generation)
-        if self.generation > self.config.trainer.max_restarts:
-            raise UserError(
-                f"trainer ranks died {self.generation} times (trainer.max_restarts = "
-                f"{self.config.trainer.max_restarts}): {error}"
-            ) from error
-        self.progress.say(f"a trainer rank died; rebuilding the group from step {self.committed_step}")
-        self.group.stop()
-        self._start_group()
+        self.log.event("rank_died", error=str(died), generation=self.generation)
+        limit = self.config.trainer.max_restarts
+        if self.generation > limit:
+            raise UserError(f"trainer ranks died {self.generation} times (trainer.max_restarts = {limit}): {died}")
+        self.progress.say(f"a trainer rank died; building the group again from step {self.committed_step}")
+        self.desk.abandon_round()
+        if hasattr(self, "group"):
+            self.group.stop()
         self.log.rewind(self.committed_step)
 
     # -- judging --------------------------------------------------------------------------------------
 
-    def _start_judging(self) -> None:
-        """Brings up judges and desk beside the reconstruction phase; calibration starts when they are ready."""
-        self.judge.start()
-        self.desk = ray.remote(RewardDesk).options(num_cpus=0, max_concurrency=8).remote(self.config.model_dump_json())
-        self._calibrating = True
-
-    def _poll_judge(self) -> None:
-        """Starts the calibration as soon as a replica serves; a deployment that failed ends the run."""
-        now = time.monotonic()
-        if self._calibration is None and now - self._judge_polled >= JUDGE_POLL_S:
-            self._judge_polled = now
-            if self.judge.ready(timeout=0):
-                self._calibration = self.desk.calibrate.remote()
-
-    def _finish_calibration(self) -> None:
-        assert self._calibration is not None
-        ref, self._calibration = self._calibration, None
-        report = self._get(ref, "judge calibration")
-        self._calibrating = False
-        self.log.event("calibration", **report)
-        self.progress.say(report["summary"])
-        self.status.judge = f"{report['mode']} AUROC {report['auroc']:.2f}"
-
-    def _wait_calibration(self) -> None:
-        limit = self.config.judge.start_timeout_s + self.config.rlaif.round_timeout_s
-        deadline = Deadline(limit, f"the judge {self.config.judge.model} to start and be calibrated")
-        while self._calibrating:
-            self._wait_once()
-            deadline.check()
-            if self.interrupt.requested:
-                self._stop_early()
-
     def _wait_evidence(self) -> list[ray.ObjectRef]:
         ids = list(range(self.config.rlaif.evidence_blocks))
-        deadline = Deadline(
-            self.config.activations.lease_timeout_s * len(ids),
-            f"{len(ids)} evidence blocks from the producers",
-        )
+        limit = self.config.activations.lease_timeout_s * len(ids)
         self.stream.fetch("evidence", ids)
-        while not self.stream.fetched("evidence", ids):
-            self._wait_once()
-            deadline.check()
-            if self.interrupt.requested:
-                self._stop_early()
+        self._wait_while(
+            lambda: not self.stream.fetched("evidence", ids),
+            Deadline(limit, f"{len(ids)} evidence blocks from the producers"),
+        )
         return self.stream.fetched_refs("evidence", ids)
 
-    def _open_round(self, number: int) -> None:
-        ref = self.desk.judge_round.remote(number, self.submitted_step, self.group.rank_handles, self._evidence)
-        self.open_round = OpenRound(
-            number,
-            self.submitted_step,
-            ref,
-            Deadline(self.config.rlaif.round_timeout_s, f"judging round {number}"),
-        )
-        self.log.event("round_requested", round=number, step=self.submitted_step)
-
-    def _wait_round(self) -> None:
+    def _wait_round(self, number: int) -> None:
         """The trainer has run ahead as far as it may; the rewards decide when it goes on."""
-        if self.open_round is not None:
-            self.progress.phase("RLAIF", f"step {self.submitted_step}: waiting for round {self.open_round.number}")
+        if self.desk.round_open:
+            self.progress.phase("RLAIF", f"step {self.submitted_step}: waiting for round {number + 1}")
         began = time.monotonic()
-        while self.open_round is not None:
-            self._wait_once()
-            if self.open_round is not None:
-                self.open_round.deadline.check()
-            if self.interrupt.requested:
-                self._stop_early()
+        self._wait_while(lambda: self.desk.round_open, Deadline(float("inf"), "a round"))
         self._round_wait_s = time.monotonic() - began
         self._rates.restart()
         self.progress.phase("RLAIF", f"round {self.rounds_done} of {self.config.rlaif.rounds} applied")
 
-    def _apply_round(self) -> None:
-        """Installs a round's credit on every rank, between two windows."""
-        assert self.open_round is not None
-        round_, self.open_round = self.open_round, None
-        summary, batch_ref = self._get(round_.ref, f"judging round {round_.number}")
-        self.group.apply_rewards(batch_ref, self._evidence)
-        self.rounds_done = round_.number + 1
+    def _on_judged(self, answer: Calibrated | JudgedRound) -> None:
+        """Notes a calibration; installs a round's credit on every rank, between two windows."""
+        if isinstance(answer, Calibrated):
+            report = answer.report
+            self.log.event("calibration", **report)
+            self.progress.say(report["summary"])
+            self.status.judge = f"{report['mode']} AUROC {report['auroc']:.2f}"
+            return
+        summary, step = answer.summary, self.submitted_step
+        self.group.apply_rewards(answer.batch, self._evidence)
+        self.rounds_done = answer.number + 1
         self.status.rewards_applied += summary["rewards"]
-        self.log.event("rewards_applied", round=round_.number, at_step=self.submitted_step, **summary)
+        self.log.event("rewards_applied", round=answer.number, at_step=step, **summary)
         self.progress.say(
-            f"round {round_.number + 1}: {summary['verdicts']} verdicts, mean AUROC {summary['mean_auroc']:.3f} "
-            f"(shuffled {summary['mean_shuffled']:.3f}), {summary['rewards']} rewards applied at step "
-            f"{self.submitted_step}"
+            f"round {answer.number + 1}: {summary['verdicts']} verdicts, mean AUROC {summary['mean_auroc']:.3f} "
+            f"(shuffled {summary['mean_shuffled']:.3f}), {summary['rewards']} rewards applied at step {step}"
         )
 
     # -- shared ---------------------------------------------------------------------------------------
 
-    def _get(self, ref: ray.ObjectRef, what: str) -> Any:
-        """The value behind a finished ref; a user's error inside an actor comes out as itself."""
-        try:
-            return ray.get(ref, timeout=60)
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, UserError):
-                raise error.cause from None
-            raise RuntimeError(f"{what} failed: {error}") from error
+    def _wait_while(self, condition: Callable[[], bool], deadline: Deadline) -> None:
+        while condition():
+            self._wait_once()
+            deadline.check()
+            if self.interrupt.requested:
+                self._stop_early()
 
     def _on_wait(self, message: str) -> None:
         self.status.detail = message
@@ -379,8 +316,11 @@ class Controller:
         status.blocks_held, status.blocks_leased = stream["held"], stream["leased"]
         status.trainer_tokens_per_s = self._rates.tokens_per_s()
         status.seconds_left = self._seconds_left()
-        if self.desk is not None:
-            self._poll_desk()
+        if counters := self.desk.counters:
+            status.judge_queue, status.verdicts = counters["queue"], counters["verdicts"]
+            status.verdicts_per_s = counters["verdicts_per_s"]
+            if not self.desk.calibrated:
+                status.judge = counters["state"]
         for name in Gauges.NAMES:
             value = getattr(status, name)
             if value is not None:
@@ -395,31 +335,14 @@ class Controller:
             return None
         return (self.config.total_steps - self.status.step) / steps_per_s + rounds_left * (self._round_wait_s or 0)
 
-    def _poll_desk(self) -> None:
-        """Asks the desk for its counters without ever waiting for the answer."""
-        if self._status_ref is None:
-            self._status_ref = self.desk.progress.remote()
-            return
-        done, _ = ray.wait([self._status_ref], timeout=0)
-        if done:
-            counters = self._get(self._status_ref, "the reward desk")
-            self._status_ref = None
-            self.status.judge_queue, self.status.verdicts = counters["queue"], counters["verdicts"]
-            self.status.verdicts_per_s = counters["verdicts_per_s"]
-            if self._calibrating:
-                self.status.judge = counters["state"]
-
     def prepare_evaluation(self) -> None:
         """Frees the trainer's place and the desk; producers and judges stay for the evaluation."""
         self.group.stop()
-        if self.desk is not None:
-            ray.kill(self.desk)
-            self.desk = None
+        self.desk.stop()
 
     def close(self) -> None:
         """Removes this run from the cluster: actors, placement groups, Serve app."""
-        if self.desk is not None:
-            ray.kill(self.desk)
+        self.desk.stop()
         self.judge.shutdown()
         if hasattr(self, "group"):
             self.group.stop()
@@ -433,35 +356,3 @@ def checkpoints_dir(config: RunConfig) -> Path:
 def round_start(config: RunConfig, number: int) -> int:
     """Step at which judging round `number` is requested; rounds divide the RLAIF phase evenly."""
     return config.trainer.steps + number * config.rlaif.steps // config.rlaif.rounds
-
-
-class RateMeter:
-    """Tokens and steps per second over the last half minute."""
-
-    SPAN_S = 30.0
-
-    def __init__(self) -> None:
-        self._samples: list[tuple[float, int, int]] = []
-
-    def restart(self) -> None:
-        """Forgets the past, after a wait that says nothing about the trainer's speed."""
-        self._samples = []
-
-    def add(self, tokens: int, step: int) -> None:
-        now = time.monotonic()
-        before = self._samples[-1][1] if self._samples else 0
-        self._samples.append((now, before + tokens, step))
-        while len(self._samples) > 2 and self._samples[1][0] < now - self.SPAN_S:
-            self._samples.pop(0)
-
-    def tokens_per_s(self) -> float | None:
-        return self._rate(1)
-
-    def steps_per_s(self) -> float | None:
-        return self._rate(2)
-
-    def _rate(self, column: int) -> float | None:
-        if len(self._samples) < 3:
-            return None
-        first, last = self._samples[0], self._samples[-1]
-        return float((last[column] - first[column]) / (last[0] - first[0]))

@@ -104,6 +104,38 @@ class Gauges:
         self._gauges[name].set(value)
 
 
+class RateMeter:
+    """Tokens and steps per second over the last half minute."""
+
+    SPAN_S = 30.0
+
+    def __init__(self) -> None:
+        self._samples: list[tuple[float, int, int]] = []
+
+    def restart(self) -> None:
+        """Forgets the past, after a wait that says nothing about the trainer's speed."""
+        self._samples = []
+
+    def add(self, tokens: int, step: int) -> None:
+        now = time.monotonic()
+        before = self._samples[-1][1] if self._samples else 0
+        self._samples.append((now, before + tokens, step))
+        while len(self._samples) > 2 and self._samples[1][0] < now - self.SPAN_S:
+            self._samples.pop(0)
+
+    def tokens_per_s(self) -> float | None:
+        return self._rate(1)
+
+    def steps_per_s(self) -> float | None:
+        return self._rate(2)
+
+    def _rate(self, column: int) -> float | None:
+        if len(self._samples) < 3:
+            return None
+        first, last = self._samples[0], self._samples[-1]
+        return float((last[column] - first[column]) / (last[0] - first[0]))
+
+
 @dataclass
 class RunStatus:
     """The numbers on the screen. None means not known yet."""

@@ -1,0 +1,142 @@
+"""The controller's side of judging: the judge app, the desk, and what is pending at them.
+
+Like `BlockStream` for producers and `WindowPipeline` for ranks: the controller waits on `pending_refs()` with
+everything else and hands what is ready to `on_ready`. Nothing here blocks.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from sae_ray.config import RunConfig
+from sae_ray.errors import UserError
+from sae_ray.judge.deploy import JudgeApp
+from sae_ray.reward.desk import RewardDesk
+from sae_ray.session import Deadline
+from sae_ray.trainer.group import RankDied
+
+JUDGE_POLL_S = 2.0
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class JudgedRound:
+    number: int
+    summary: dict[str, Any]
+    batch: ray.ObjectRef  # of a RewardBatch
+
+
+@dataclass(frozen=True)
+class _OpenRound:
+    number: int
+    ref: ray.ObjectRef
+    deadline: Deadline
+
+
+class DeskLink:
+    """One run's judging. Until `start`, nothing is pending."""
+
+    def __init__(self, config: RunConfig, judge: JudgeApp):
+        self._config = config
+        self._judge = judge
+        self._desk: Any = None
+        self._calibration: ray.ObjectRef | None = None
+        self._round: _OpenRound | None = None
+        self._asked: ray.ObjectRef | None = None
+        self._polled = 0.0
+        self.calibrated = False
+        self.counters: dict[str, Any] = {}  # the desk's last answer: state, queue, verdicts, verdicts_per_s
+
+    @property
+    def started(self) -> bool:
+        return self._desk is not None
+
+    @property
+    def round_open(self) -> bool:
+        return self._round is not None
+
+    def start(self) -> None:
+        """Asks for judges and a desk; returns at once. Training goes on while they come up."""
+        self._judge.start()
+        desk = ray.remote(RewardDesk).options(num_cpus=0, max_concurrency=8)
+        self._desk = desk.remote(self._config.model_dump_json())
+
+    def stop(self) -> None:
+        if self._desk is not None:
+            ray.kill(self._desk)
+        self._desk = self._calibration = self._round = self._asked = None
+
+    def pump(self) -> None:
+        """Starts the calibration once a replica serves, and refreshes the counters.
+
+        Raises:
+            UserError: the judge's deployment failed, or a round is overdue.
+        """
+        if self._desk is None:
+            return
+        now = time.monotonic()
+        if not self.calibrated and self._calibration is None and now - self._polled >= JUDGE_POLL_S:
+            self._polled = now
+            if self._judge.ready(timeout=0):
+                self._calibration = self._desk.calibrate.remote()
+        if self._asked is None:
+            self._asked = self._desk.progress.remote()
+        elif ray.wait([self._asked], timeout=0)[0]:
+            self.counters, self._asked = self._value(self._asked, "the reward desk"), None
+        if self._round is not None:
+            self._round.deadline.check()
+
+    def pending_refs(self) -> list[ray.ObjectRef]:
+        refs = [self._calibration, self._round.ref if self._round is not None else None]
+        return [ref for ref in refs if ref is not None]
+
+    def owns(self, ref: ray.ObjectRef) -> bool:
+        return ref in self.pending_refs()
+
+    def on_ready(self, ref: ray.ObjectRef) -> Calibrated | JudgedRound:
+        """Takes a finished reference of `pending_refs()`.
+
+        Raises:
+            UserError: the judge is at chance, or no latent could be judged.
+            RankDied: a rank that the round was scanning is gone.
+        """
+        if ref == self._calibration:
+            self._calibration = None
+            report = self._value(ref, "judge calibration")
+            self.calibrated = True
+            return Calibrated(report)
+        assert self._round is not None
+        number, self._round = self._round.number, None
+        summary, batch = self._value(ref, f"judging round {number}")
+        return JudgedRound(number, summary, batch)
+
+    def open_round(self, number: int, step: int, ranks: list[Any], evidence: list[ray.ObjectRef]) -> None:
+        """Requests a round on the SAE as the ranks hold it after `step`."""
+        ref = self._desk.judge_round.remote(number, step, ranks, evidence)
+        deadline = Deadline(self._config.rlaif.round_timeout_s, f"judging round {number}")
+        self._round = _OpenRound(number, ref, deadline)
+
+    def abandon_round(self) -> None:
+        """Forgets an open round whose ranks are gone. What it banked stays, so asking again is cheap."""
+        if self._round is not None:
+            ray.cancel(self._round.ref)
+            self._round = None
+
+    @staticmethod
+    def _value(ref: ray.ObjectRef, what: str) -> Any:
+        try:
+            return ray.get(ref, timeout=60)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise error.cause from None
+            if isinstance(error.cause, ray.exceptions.RayActorError):
+                raise RankDied(f"{what}: {error.cause}") from error
+            raise RuntimeError(f"{what} failed: {error}") from error
