@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import time
@@ -24,6 +25,7 @@ from sae_ray.storage import LocalStorage
 CALIBRATION_FILE = "calibration.json"
 PLANTED_DOCUMENTS = 1500
 REFERENCE_TEXTS = 6
+PART = 64  # verdicts that are counted together
 EXPLANATION_TOKENS = 20
 RATE_SPAN_S = 30.0
 
@@ -132,24 +134,20 @@ class PoolJudge:
         new = [pair for pair in dict.fromkeys([*pairs, *levels]) if pair not in self._known]
         # By text, so that the calls on one text stand together and share its KV.
         new.sort(key=lambda pair: pair[0])
-        unasked = len(new)
-        self._waiting += unasked
-        try:
-            for start in range(0, len(new), 256):
-                part = new[start : start + 256]
-                for pair, value in zip(part, await self.client.score(part, self.calibration.mode), strict=True):
-                    if value is not None:
-                        self._known[pair] = value
-                self._waiting -= len(part)
-                unasked -= len(part)
-                self._count(len(part))
-        finally:
-            self._waiting -= unasked
+        parts = [new[start : start + PART] for start in range(0, len(new), PART)]
+        await asyncio.gather(*(self._ask(part) for part in parts))
         return [self._known.get(pair) for pair in pairs]
 
-    def _count(self, verdicts: int) -> None:
-        self._verdicts += verdicts
-        self._answered.append((time.monotonic(), verdicts))
+    async def _ask(self, pairs: list[tuple[str, str]]) -> None:
+        """Asks the pool; the client bounds how many calls are open at once."""
+        self._waiting += len(pairs)
+        try:
+            values = await self.client.score(pairs, self.calibration.mode)
+        finally:
+            self._waiting -= len(pairs)
+        self._known |= {pair: value for pair, value in zip(pairs, values, strict=True) if value is not None}
+        self._verdicts += len(pairs)
+        self._answered.append((time.monotonic(), len(pairs)))
 
     # -- explanations ---------------------------------------------------------------------------------
 
