@@ -176,14 +176,13 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if self._console.is_terminal:
-            self._live = Live(self._panel(), console=self._console, refresh_per_second=4)
+            self._live = Live(self._panel(), console=self._console, refresh_per_second=4, transient=True)
             self._live.__enter__()
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._end_phase()
         if self._live is not None:
-            self._live.update(self._panel())
             self._live.__exit__(None, None, None)
             self._live = None
 
