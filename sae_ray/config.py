@@ -109,21 +109,76 @@ class ActivationsConfig(Section):
         return self
 
 
+Architecture = Literal["batchtopk", "topk", "matryoshka", "jumprelu", "gated", "relu_l1"]
+TOPK_FAMILY = ("batchtopk", "topk", "matryoshka")
+
+
 class SAEConfig(Section):
-    architecture: Literal["batchtopk", "topk"] = "batchtopk"
+    architecture: Architecture = "batchtopk"
     d_sae: Positive = 4608
-    k: Positive = Field(32, description="active latents per token (batchtopk: on average)")
-    input_norm: Literal["none", "sqrt_d"] = Field("sqrt_d", description="sqrt_d: scale inputs to mean norm sqrt(d_in)")
+    k: Positive = Field(
+        32, description="active latents per token (batchtopk, matryoshka: on average; jumprelu: the L0 aimed at)"
+    )
+    k_start: Positive | None = Field(None, description="k at the first step, annealed to k; null starts at k")
+    k_anneal_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps over which k_start becomes k")
+    margin: Annotated[float, Field(ge=0)] = Field(
+        0, description="topk: latents this far below a token's k-th largest are active too"
+    )
+    groups: list[Fraction] = Field(
+        default_factory=lambda: [1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0],
+        description="matryoshka: prefixes of the latents that must reconstruct alone, as shares of d_sae",
+    )
+    sparsity: Literal["l1", "l2", "hoyer", "p_norm", "cross"] = Field(
+        "l1",
+        description="penalty on a token's activations f: sum f, ||f||_2, Hoyer-square, sum f^p, (sum f)^2 - sum f^2",
+    )
+    sparsity_coef: Annotated[float, Field(ge=0)] = Field(
+        0, description="weight of the penalty: relu_l1 and gated need it, jumprelu may have it"
+    )
+    sparsity_warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="linear ramp of sparsity_coef")
+    sparsity_p: Annotated[float, Field(gt=0, le=2)] = Field(0.5, description="p of p_norm")
+    bandwidth: Annotated[float, Field(gt=0)] = Field(
+        0.1, description="jumprelu: width of the straight-through kernel, in units of the first threshold"
+    )
+    threshold_lr: Annotated[float, Field(gt=0)] = Field(
+        1, description="jumprelu: learning rate of the thresholds, as a multiple of trainer.lr"
+    )
+    input_norm: Literal["none", "sqrt_d", "rms"] = Field(
+        "sqrt_d", description="scalar on the inputs; sqrt_d: mean norm sqrt(d_in); rms: mean squared norm d_in"
+    )
+    subtract_b_dec: bool = Field(True, description="encode x - b_dec; a transcoder never does")
+    b_dec_init: Literal["geometric_median", "mean", "zero"] = "geometric_median"
+    decoder_norm: Literal["unit", "free"] = Field("unit", description="unit: rows are renormalised after every step")
+    init_norm: Annotated[float, Field(gt=0)] = Field(
+        1, description="norm of the encoder's rows (and the decoder's, if free) at the start"
+    )
+    init_from: str | None = Field(
+        None, description="an SAE folder or file of any format that `sae-ray import` reads, to fine-tune"
+    )
     aux_k: Annotated[int, Field(ge=0)] = Field(
         64, description="dead latents that AuxK revives per token; 0 turns it off"
     )
     aux_coef: Annotated[float, Field(ge=0)] = 1 / 32
     dead_after_tokens: Positive = Field(100_000, description="a latent silent for this many tokens is dead")
+    resample_every: Annotated[int, Field(ge=0)] = Field(
+        0, description="steps between resamplings of dead latents (while the learning rate is constant); 0: never"
+    )
 
     @model_validator(mode="after")
-    def _k_fits(self) -> SAEConfig:
-        if self.k > self.d_sae:
-            raise ValueError(f"sae.k {self.k} is larger than sae.d_sae {self.d_sae}")
+    def _fits_its_architecture(self) -> SAEConfig:
+        for key in ("k", "k_start"):
+            if (value := getattr(self, key)) is not None and value > self.d_sae:
+                raise ValueError(f"sae.{key} {value} is larger than sae.d_sae {self.d_sae}")
+        if self.k_start is not None and self.architecture not in TOPK_FAMILY:
+            raise ValueError(f"sae.k_start is for {', '.join(TOPK_FAMILY)}, not for {self.architecture}")
+        if self.margin and self.architecture != "topk":
+            raise ValueError(f"sae.margin is for topk, not for {self.architecture}")
+        if self.groups != sorted(set(self.groups)) or not self.groups or self.groups[-1] != 1 or self.groups[0] <= 0:
+            raise ValueError(f"sae.groups {self.groups} must rise from above 0 to 1")
+        if self.architecture in ("relu_l1", "gated") and not self.sparsity_coef:
+            raise ValueError(f"sae.architecture {self.architecture} needs sae.sparsity_coef above 0")
+        if self.architecture in TOPK_FAMILY and self.sparsity_coef:
+            raise ValueError(f"sae.sparsity_coef is for relu_l1, gated and jumprelu; {self.architecture} has its k")
         return self
 
 
@@ -134,18 +189,28 @@ class TrainerConfig(Section):
     steps: Positive = Field(400, description="steps of the reconstruction phase")
     lr: Annotated[float, Field(gt=0)] = 4e-4
     warmup_steps: Annotated[int, Field(ge=0)] = 20
+    decay: Literal["linear", "cosine"] = "linear"
     decay_fraction: Fraction = Field(
         0.2, description="last share of the reconstruction phase over which lr falls to lr_final"
     )
     lr_final: Annotated[float, Field(ge=0)] = Field(
         1e-4, description="lr at the end of the reconstruction phase, kept in the RLAIF phase"
     )
+    optimizer: Literal["adam", "adamw", "adam8bit", "signum", "muon"] = "adam"
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0, description="decoupled; for adamw, signum and muon")
     betas: tuple[float, float] = (0.9, 0.999)
-    grad_clip: Annotated[float, Field(gt=0)] = 1.0
+    grad_clip: Annotated[float, Field(ge=0)] = Field(1.0, description="largest gradient norm; 0 turns clipping off")
     dtype: Literal["float32", "float64"] = "float32"
+    autocast: Literal["none", "bfloat16"] = Field(
+        "none", description="bfloat16: the encoder's products in bf16; parameters, sums and the optimiser stay in dtype"
+    )
+    compile: bool = Field(False, description="torch.compile the elementwise parts (needs a C++ compiler on CPU)")
     log_every: Positive = 10
     checkpoint_every: Positive = Field(100, description="steps between commits (taken at the next window's end)")
     keep_checkpoints: Positive = 2
+    checkpoint_dir: str | None = Field(
+        None, description="where checkpoints go: a folder all nodes share, or s3://bucket/prefix; null: the run folder"
+    )
     max_restarts: Annotated[int, Field(ge=0)] = Field(3, description="trainer group rebuilds before the run gives up")
     step_timeout_s: Seconds = Field(600, description="how long a window may train before the run says a rank hangs")
     cpus: float = Field(0.5, gt=0, description="logical CPUs per rank")
@@ -258,6 +323,7 @@ class RunConfig(Section):
     ray: RayConfig = RayConfig()
     model: ModelConfig = ModelConfig()
     hook: HookConfig
+    hook_out: HookConfig | None = Field(None, description="transcoder: the hook point that is reconstructed")
     corpus: CorpusConfig = CorpusConfig()
     activations: ActivationsConfig = ActivationsConfig()
     sae: SAEConfig = SAEConfig()

@@ -23,7 +23,7 @@ TINY: dict[str, Any] = {
     "corpus": {"context_length": 64},
     "activations": {"producers": 2, "block_sequences": 4, "mix_blocks": 2, "window_blocks": 6},
     "sae": {"d_sae": 256, "k": 8, "dead_after_tokens": 2000},
-    "trainer": {"tp": 2, "batch_tokens": 126, "steps": 16, "log_every": 1, "checkpoint_every": 8, "warmup_steps": 2},
+    "trainer": {"tp": 2, "batch_tokens": 126, "steps": 48, "log_every": 1, "checkpoint_every": 8, "warmup_steps": 2},
     "rlaif": {"enabled": False, "evidence_blocks": 4},
     "evaluation": {"blocks": 2, "ce_sequences": 2, "latents": 0, "random_directions": 0, "threads": 1},
 }

@@ -26,8 +26,8 @@ def undisturbed(tmp_path_factory) -> dict[int, float]:
     folder = tmp_path_factory.mktemp("undisturbed")
     train(write_config(folder))
     found = losses(folder)
-    assert sorted(found) == list(range(1, 17))
-    assert found[16] < found[1]
+    assert sorted(found) == list(range(1, 49))
+    assert found[48] < found[1]
     return found
 
 
@@ -62,9 +62,9 @@ def test_ctrl_c_commits_and_the_same_command_continues_the_same_losses(undisturb
     _, left = psutil.wait_procs(family, timeout=5)
     assert not left, f"left behind: {left}"
     trained = len(losses(tmp_path))
-    assert trained < 16
+    assert trained < 48
     resumed = train(config)
-    assert f"resuming at step {trained} of 16" in resumed
+    assert f"resuming at step {trained} of 48" in resumed
     assert losses(tmp_path) == undisturbed
 
 
