@@ -36,7 +36,7 @@ class Bare:
         torch.set_num_threads(config.activations.threads)
         source = resolve_model(config.model.name)
         model_config = AutoConfig.from_pretrained(source)
-        model_config.num_hidden_layers = config.hook.layer + 1
+        model_config.num_hidden_layers = 1 + max(hook.layer for hook in config.hooks)
         dtype = native_dtype(config.model.dtype, torch.device("cpu"))
         self.model = AutoModel.from_pretrained(source, config=model_config, dtype=dtype).eval()
 
@@ -85,8 +85,9 @@ def main() -> None:
             rates["bare"].append(blocks * per_block / (time.perf_counter() - began))
         stream.stop()
     median = {name: statistics.median(values) for name, values in rates.items()}
+    hooks = ", ".join(hook.name for hook in config.hooks)
     table = Table(
-        title=f"{n} producers, layer {config.hook.layer}, {config.model.name}, {blocks} blocks, {args.rounds} rounds"
+        title=f"{n} producers, {hooks}, {config.model.name}, {blocks} blocks, {args.rounds} rounds"
     )
     for column in ("side", "tokens/s (median)", "all rounds", "ratio"):
         table.add_column(column)

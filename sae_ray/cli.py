@@ -1,9 +1,11 @@
-"""`sae-ray train | evaluate`. Errors the user can mend are one line on stderr and exit code 2."""
+"""`sae-ray train | evaluate | store | export | import`.
+
+Errors the user can mend are one line on stderr and exit code 2.
+"""
 
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +15,7 @@ from rich.console import Console
 
 from sae_ray.config import RunConfig, load_config
 from sae_ray.errors import RunInterrupted, UserError
+from sae_ray.storage import DISK_FULL, why_not_written
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -35,12 +38,10 @@ def train(
 ) -> None:
     """Run the whole loop, or resume it: the same run name continues from its last checkpoint."""
     run = load_config(config, overrides)
-    from sae_ray.preflight import check_checkpoint, check_resumable, preflight
+    from sae_ray.preflight import check_checkpoint, check_resumable, preflight, remove_run
 
-    if fresh and run.run_dir.exists():
-        if not (run.run_dir / "config.yaml").is_file() and any(run.run_dir.iterdir()):
-            raise UserError(f"--fresh: {run.run_dir} does not look like a run folder; not removed")
-        shutil.rmtree(run.run_dir)
+    if fresh:
+        remove_run(run)
     check_resumable(run)
     check_checkpoint(run)
     preflight(run)
@@ -70,6 +71,70 @@ def evaluate(
     evaluate_run(settings, verbose=verbose)
 
 
+@app.command()
+def store(
+    config: ConfigFile,
+    to: Annotated[str, typer.Option(help="folder or s3://bucket/prefix", show_default=False)],
+    blocks: Annotated[
+        int | None, typer.Option(min=1, help="blocks of each split [default: what the config's run takes]")
+    ] = None,
+    split: Annotated[list[str] | None, typer.Option(help="train, evidence, heldout; repeatable")] = None,
+    overrides: Overrides = None,
+    verbose: Annotated[bool, typer.Option(help="show the actors' logs")] = False,
+) -> None:
+    """Write the activations that a run would train on, for `activations.store`; resumes a half-written store."""
+    run = load_config(config, overrides)
+    from sae_ray.corpus.reader import SPLITS
+
+    splits = [name for name in SPLITS if name in (split or ["train"])]
+    if unknown := [name for name in split or [] if name not in SPLITS]:
+        raise UserError(f"--split {unknown[0]}: allowed: {', '.join(SPLITS)}")
+    from sae_ray.preflight import check_sources
+
+    run = run.model_copy(update={"activations": run.activations.model_copy(update={"store": None})})
+    check_sources(run)
+    from sae_ray.activations.storing import store_blocks
+
+    store_blocks(run, to, blocks, splits, verbose=verbose)
+
+
+@app.command("export")
+def export_(
+    run: Annotated[Path, typer.Argument(help="run folder", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="folder to write", show_default=False)],
+    format: Annotated[str, typer.Option(help="saelens, sparsify, dictionary_learning, gemma_scope")] = "saelens",
+    sae: Annotated[str, typer.Option(help="which of the run's SAEs")] = "main",
+    step: Annotated[int | None, typer.Option(help="of the checkpoint [default: the last]")] = None,
+) -> None:
+    """Write an SAE of a run in the format of another library."""
+    from sae_ray.preflight import resolved_path
+
+    settings = _at(load_config(resolved_path(run)), run)
+    from sae_ray.sae.formats import export_sae
+    from sae_ray.sae.formats.of_run import sae_of_run
+
+    at_step, found = sae_of_run(settings, sae, step)
+    export_sae(found.sae, out, format, found.provenance)
+    Console().print(f"{out}: {format}, {found}, from {sae} of {run} at step {at_step}", soft_wrap=True)
+
+
+@app.command("import")
+def import_(
+    path: Annotated[Path, typer.Argument(help="folder of an SAE, or its file of weights", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="folder to write", show_default=False)],
+    format: Annotated[str | None, typer.Option(help="what PATH is in [default: told by its files]")] = None,
+    to: Annotated[str, typer.Option(help="saelens, sparsify, dictionary_learning, gemma_scope")] = "saelens",
+) -> None:
+    """Read an SAE that another library wrote, and write it in `--to`'s format."""
+    from sae_ray.sae.formats import detect, export_sae, read_sae
+
+    format = format or detect(path)
+    found = read_sae(path, format)
+    Console().print(f"{path}: {format}, {found}", soft_wrap=True)
+    export_sae(found.sae, out, to, found.provenance)
+    Console().print(f"{out}: {to}; train on from it with sae.init_from: {out}", soft_wrap=True)
+
+
 def _at(config: RunConfig, run_dir: Path) -> RunConfig:
     """The config of a run folder that may have been moved since it was written."""
     return config.model_copy(update={"runs_dir": str(run_dir.resolve().parent), "name": run_dir.resolve().name})
@@ -82,6 +147,11 @@ def main() -> None:
         app(standalone_mode=True)
     except UserError as error:
         print(f"sae-ray: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        print(f"sae-ray: {error.filename or 'a file of the run'}: {why_not_written(error)}", file=sys.stderr)
         sys.exit(2)
     except RunInterrupted as stop:
         print(f"sae-ray: {stop}", file=sys.stderr)

@@ -9,12 +9,15 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sae_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from sae_ray.variants import SAESpec
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -55,12 +58,20 @@ class ModelConfig(Section):
 
 class HookConfig(Section):
     layer: Annotated[int, Field(ge=0)] = Field(description="0-based transformer layer; later layers are never computed")
-    site: Literal["resid_post", "resid_pre", "attn_out", "mlp_out"] = "resid_post"
+    site: Literal["resid_post", "resid_pre", "resid_mid", "attn_out", "mlp_in", "mlp_out"] = Field(
+        "resid_post", description="resid_mid: after attention; mlp_in: what the MLP reads, behind its norm"
+    )
 
     @property
     def name(self) -> str:
         """TransformerLens-style hook name, as SAELens writes it into `cfg.json`."""
-        return f"blocks.{self.layer}.hook_{self.site}"
+        # TransformerLens's hook_mlp_in lies before the norm: this one is its bridge's `mlp.hook_in`.
+        return f"blocks.{self.layer}." + ("mlp.hook_in" if self.site == "mlp_in" else f"hook_{self.site}")
+
+    @property
+    def depth(self) -> tuple[int, int]:
+        """Order in which a forward pass reaches hook points."""
+        return self.layer, ("resid_pre", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post").index(self.site)
 
 
 class CorpusConfig(Section):
@@ -98,6 +109,11 @@ class ActivationsConfig(Section):
     cpus: float = Field(0.5, gt=0, description="logical CPUs per producer")
     gpus: float = Field(0, ge=0)
     threads: Positive = 1
+    store: str | None = Field(
+        None,
+        description="read blocks from this activation store (folder or s3://bucket/prefix, made by `sae-ray store`) "
+        "instead of running the model",
+    )
 
     @model_validator(mode="after")
     def _window_holds_two_mixes(self) -> ActivationsConfig:
@@ -138,7 +154,7 @@ class SAEConfig(Section):
     sparsity_warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="linear ramp of sparsity_coef")
     sparsity_p: Annotated[float, Field(gt=0, le=2)] = Field(0.5, description="p of p_norm")
     bandwidth: Annotated[float, Field(gt=0)] = Field(
-        0.1, description="jumprelu: width of the straight-through kernel, in units of the first threshold"
+        0.2, description="jumprelu: width of the straight-through kernel, as a share of a latent's threshold"
     )
     threshold_lr: Annotated[float, Field(gt=0)] = Field(
         1, description="jumprelu: learning rate of the thresholds, as a multiple of trainer.lr"
@@ -196,8 +212,8 @@ class TrainerConfig(Section):
     lr_final: Annotated[float, Field(ge=0)] = Field(
         1e-4, description="lr at the end of the reconstruction phase, kept in the RLAIF phase"
     )
-    optimizer: Literal["adam", "adamw", "adam8bit", "signum", "muon"] = "adam"
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0, description="decoupled; for adamw, signum and muon")
+    optimizer: Literal["adam", "adamw", "adam8bit", "signum"] = "adam"
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0, description="decoupled; for adamw, adam8bit and signum")
     betas: tuple[float, float] = (0.9, 0.999)
     grad_clip: Annotated[float, Field(ge=0)] = Field(1.0, description="largest gradient norm; 0 turns clipping off")
     dtype: Literal["float32", "float64"] = "float32"
@@ -314,6 +330,20 @@ class EvaluationConfig(Section):
     timeout_s: Seconds = Field(1800, description="how long an evaluation may take before the run says it hangs")
 
 
+class SAEVariant(Section):
+    """One more SAE on the same pass: what it does not name is as in the run's own sections."""
+
+    name: str
+    hook: dict[str, Any] = Field(default_factory=dict, description="keys of `hook` that differ")
+    hook_out: dict[str, Any] | Literal["none"] | None = Field(
+        None, description="keys of `hook_out` that differ; null: the run's; none: reconstructs its own hook point"
+    )
+    sae: dict[str, Any] = Field(default_factory=dict, description="keys of `sae` that differ")
+    trainer: dict[str, Any] = Field(
+        default_factory=dict, description="keys of `trainer` that differ, of those that are one SAE's own"
+    )
+
+
 class RunConfig(Section):
     """One run: everything that decides its numbers, and where it runs."""
 
@@ -328,6 +358,9 @@ class RunConfig(Section):
     activations: ActivationsConfig = ActivationsConfig()
     sae: SAEConfig = SAEConfig()
     trainer: TrainerConfig = TrainerConfig()
+    saes: list[SAEVariant] = Field(
+        default_factory=list, description="more SAEs on the same blocks, beside `sae` (which is called main)"
+    )
     judge: JudgeConfig = JudgeConfig()
     rlaif: RLAIFConfig = RLAIFConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -342,19 +375,32 @@ class RunConfig(Section):
         return value
 
     @model_validator(mode="after")
-    def _shapes_agree(self) -> RunConfig:
-        if self.sae.d_sae % self.trainer.tp:
-            below = self.sae.d_sae - self.sae.d_sae % self.trainer.tp
-            raise ValueError(
-                f"sae.d_sae {self.sae.d_sae} is not divisible by trainer.tp {self.trainer.tp}; "
-                f"{below} or {below + self.trainer.tp} would be"
-            )
+    def _contexts_fit(self) -> RunConfig:
         if self.corpus.context_length % self.judge.context_tokens:
             raise ValueError(
                 f"corpus.context_length {self.corpus.context_length} is not a multiple of "
                 f"judge.context_tokens {self.judge.context_tokens}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _every_sae_fits(self) -> RunConfig:
+        from sae_ray.variants import check_specs
+
+        check_specs(self)
+        return self
+
+    def specs(self) -> dict[str, SAESpec]:
+        """Every SAE that the run trains: "main" first, then `saes` in order."""
+        from sae_ray.variants import specs_of
+
+        return specs_of(self)
+
+    @property
+    def hooks(self) -> list[HookConfig]:
+        """The hook points that a block holds, main's input first."""
+        points = [point for spec in self.specs().values() for point in (spec.hook, spec.hook_out) if point]
+        return list({point.name: point for point in points}.values())
 
     @property
     def run_dir(self) -> Path:
@@ -395,7 +441,12 @@ def parse_config(raw: dict[str, Any], source: str) -> RunConfig:
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{source}: " + "; ".join(_explain(item, raw) for item in error.errors())) from error
+        raise UserError(f"{source}: {explain(error)}") from error
+
+
+def explain(error: ValidationError, under: tuple[str | int, ...] = ()) -> str:
+    """A validation error in one line; `under` is where in the file the validated section lies."""
+    return "; ".join(_explain(item, under) for item in error.errors())
 
 
 def _apply_override(raw: dict[str, Any], item: str) -> None:
@@ -414,27 +465,38 @@ def _apply_override(raw: dict[str, Any], item: str) -> None:
         raise UserError(f"--set {item}: the value is not YAML") from error
 
 
-def _explain(item: Any, raw: dict[str, Any]) -> str:
+def _explain(item: Any, under: tuple[str | int, ...]) -> str:
     """One pydantic error as `key: value: what is wrong, what is allowed`."""
-    key = ".".join(str(part) for part in item["loc"]) or "(whole file)"
-    message = item["msg"].removeprefix("Value error, ")
+    path = (*under, *item["loc"])
+    key, message = _dotted(path), item["msg"].removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
-        allowed = _fields_of(item["loc"][:-1])
-        close = difflib.get_close_matches(str(item["loc"][-1]), allowed, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        return f"{key}: unknown key; {hint}allowed here: {', '.join(allowed)}"
+        return f"{key}: {unknown_key(str(path[-1]), _fields_of(path[:-1]))}"
     if item["type"] == "missing":
         return f"{key}: is required and missing"
     value = item["input"]
-    shown = "" if isinstance(value, (dict, BaseModel)) else f" = {value!r}"
-    return f"{key}{shown}: {message}"
+    if not isinstance(value, (dict, BaseModel)):
+        return f"{key} = {value!r}: {message}"
+    if item["type"] == "value_error":  # a section's own check, which names the keys from the section on
+        return f"{_dotted(under[:-1])}.{message}" if under else message
+    return f"{key}: {message}"
 
 
-def _fields_of(path: tuple[Any, ...]) -> list[str]:
-    model: Any = RunConfig
-    for part in path:
-        field = model.model_fields.get(str(part)) if hasattr(model, "model_fields") else None
-        if field is None:
+def _dotted(path: tuple[str | int, ...]) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+
+
+def unknown_key(key: str, allowed: list[str]) -> str:
+    close = difflib.get_close_matches(key, allowed, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"unknown key; {hint}allowed here: {', '.join(allowed)}"
+
+
+def _fields_of(path: tuple[str | int, ...]) -> list[str]:
+    """Keys of the section at `path`; a section of a variant has those of the run's own."""
+    section: Any = RunConfig
+    for part in path[2:] if len(path) > 2 and path[0] == "saes" else path:
+        annotation = section if isinstance(part, int) else section.model_fields[part].annotation
+        section = next((arg for arg in get_args(annotation) if hasattr(arg, "model_fields")), annotation)
+        if not hasattr(section, "model_fields"):
             return []
-        model = field.annotation
-    return sorted(model.model_fields) if hasattr(model, "model_fields") else []
+    return sorted(section.model_fields)

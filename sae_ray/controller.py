@@ -6,6 +6,7 @@
 | the stream        | a block                           | a producer, or its death | `activations.lease_timeout_s` |
 | the trainer group | the blocks of the next mix window | `BlockStream`            | the lease's                   |
 | the controller    | a trained window                  | all ranks, or a death    | `trainer.step_timeout_s`      |
+| a second save     | the one in flight                 | the ranks' writers       | 3 x `trainer.step_timeout_s`  |
 | the RLAIF phase   | a judged round                    | `RewardDesk`             | `rlaif.round_timeout_s`       |
 | the desk          | verdicts                          | the judge pool           | `judge.deadline_s`            |
 
@@ -16,9 +17,9 @@ event log says at which step.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import ray
 
@@ -33,6 +34,7 @@ from sae_ray.trainer import checkpoint
 from sae_ray.trainer.group import RankDied, TrainerGroup
 from sae_ray.trainer.mixing import Cursor
 from sae_ray.trainer.pipeline import TrainedWindow, WindowPipeline
+from sae_ray.trainer.saving import Saving
 
 POLL_S = 1.0
 WINDOWS_IN_FLIGHT = 2
@@ -52,6 +54,8 @@ class Controller:
         self.judge = JudgeApp(config.judge, config.name, keep_serve=config.ray.address == "local")
         self.desk = DeskLink(config, self.judge)
         self.committed_step = 0
+        self.saved_step = 0  # of the last snapshot: committed, or on its way
+        self.saving: Saving | None = None
         self.rounds_done = 0
         self.generation = 0
         self.group: TrainerGroup
@@ -91,11 +95,12 @@ class Controller:
         if self.submitted_step < config.trainer.steps:
             self.progress.phase("reconstruction", f"{config.trainer.steps} steps")
             self._train_until(config.trainer.steps)
-            self._commit(pin="reconstruction")
+            self._save(pin="reconstruction")
         if config.rlaif.enabled and self.submitted_step < config.total_steps:
             self._rlaif_phase()
+        self._finish_save()
         if self.committed_step < self.submitted_step:
-            self._commit(pin="final")
+            self._save(pin="final")
 
     def _rlaif_phase(self) -> None:
         config = self.config.rlaif
@@ -126,8 +131,8 @@ class Controller:
         while self.submitted_step < last_step or len(self.pipeline):
             self._submit_windows(last_step)
             self._wait_once()
-            if self._commit_due() and self.submitted_step < last_step and not len(self.pipeline):
-                self._commit()
+            if self._save_due() and self.submitted_step < last_step and not len(self.pipeline):
+                self._save()
             if self.interrupt.requested:
                 self._stop_early()
 
@@ -135,7 +140,7 @@ class Controller:
         while (
             self.submitted_step < last_step
             and len(self.pipeline) < WINDOWS_IN_FLIGHT
-            and not self._commit_due()
+            and not self._save_due()
             and self.stream.window_ready(self.pipeline.cursor.window)
         ):
             window = self.pipeline.cursor.window
@@ -150,9 +155,13 @@ class Controller:
         for event in self.stream.pump(time.monotonic()):
             self.log.event("stream", **event)
         self.desk.pump()
-        pending = [*self.stream.pending_refs(), *self.pipeline.pending_refs(), *self.desk.pending_refs()]
+        self._pump_save()
+        saving = self.saving.pending_refs() if self.saving is not None else []
+        pending = [*self.stream.pending_refs(), *self.pipeline.pending_refs(), *self.desk.pending_refs(), *saving]
         done, _ = ray.wait(pending, num_returns=1, timeout=POLL_S, fetch_local=False) if pending else ([], [])
         for ref in done:
+            if ref in saving:
+                continue  # taken by the next turn's `_pump_save`
             if self.desk.owns(ref):
                 self._on_judged(self.desk.on_ready(ref))
             elif self.stream.owns(ref):
@@ -177,13 +186,17 @@ class Controller:
             last = result.metrics[-1]
             status.fvu, status.l0, status.dead_fraction = last["fvu"], last["l0"], last["dead_fraction"]
 
-    def _commit_due(self) -> bool:
-        return self.submitted_step - self.committed_step >= self.config.trainer.checkpoint_every
+    def _save_due(self) -> bool:
+        return self.submitted_step - self.saved_step >= self.config.trainer.checkpoint_every
 
-    def _commit(self, pin: str | None = None) -> None:
-        """Commits a checkpoint; everything submitted has been trained. A pinned one is never pruned."""
-        self.group.save_checkpoint(
-            checkpoints_dir(self.config),
+    def _save(self, pin: str | None = None) -> None:
+        """Snapshots what has been trained, which is all that was submitted; training goes on while it is written.
+
+        A pinned checkpoint is never pruned, and is committed before this returns.
+        """
+        self._finish_save()
+        self.saving = self.group.begin_save(
+            checkpoint.home(self.config),
             self.submitted_step,
             self.pipeline.cursor,
             extra={
@@ -193,15 +206,31 @@ class Controller:
             },
             pin=pin,
         )
-        self.committed_step = self.submitted_step
-        self.log.event("commit", step=self.submitted_step, pin=pin)
+        self.saved_step = self.submitted_step
+        if pin:
+            self._finish_save()
+
+    def _pump_save(self) -> None:
+        """Commits the save in flight, if there is one and its files are written."""
+        if self.saving is None or (cost := self.saving.pump(idle=not len(self.pipeline))) is None:
+            return
+        self.committed_step, pin = self.saving.step, self.saving.pin
+        self.saving = None
+        self.log.event("commit", step=self.committed_step, pin=pin, **cost)
+        checkpoint.prune(checkpoint.home(self.config), self.config.trainer.keep_checkpoints)
+
+    def _finish_save(self) -> None:
+        while self.saving is not None:
+            self._wait_once()
 
     def _stop_early(self) -> None:
         self.progress.phase("stopping", "committing a checkpoint")
         while len(self.pipeline):
             self._wait_once()
+        self._finish_save()
         if self.submitted_step > self.committed_step:
-            self._commit()
+            self._save()
+            self._finish_save()
         raise RunInterrupted(
             f"stopped at step {self.submitted_step} of {self.config.total_steps}; "
             "the checkpoint is committed, the same command resumes"
@@ -211,11 +240,11 @@ class Controller:
 
     def _start_group(self) -> None:
         """Builds the group from the last commit, or from scratch on the first window's activations."""
-        self.group = TrainerGroup.start(self.config, self.stream.d_in, self.generation, self._on_wait)
-        path = checkpoint.latest(checkpoints_dir(self.config))
+        self.group = TrainerGroup.start(self.config, self.stream.widths, self.generation, self._on_wait)
+        path = checkpoint.latest(checkpoint.home(self.config))
         if path is None:
             self.pipeline = WindowPipeline(self.config, self.group, Cursor(0, 0), 0)
-            self.committed_step = 0
+            self.committed_step = self.saved_step = 0
             self.stream.seek(0)
             self._wait_first_window()
             self.group.build(self.stream.window_refs(0))
@@ -223,7 +252,7 @@ class Controller:
         manifest = self.group.load_checkpoint(path)
         step, cursor, extra = manifest["step"], Cursor(*manifest["cursor"]), manifest["extra"]
         self.pipeline = WindowPipeline(self.config, self.group, cursor, step)
-        self.committed_step = self.status.step = step
+        self.committed_step = self.saved_step = self.status.step = step
         self.rounds_done = extra["rounds_done"]
         self.status.rewards_applied, self.status.tokens = extra["rewards_applied"], extra["tokens"]
         self.stream.seek(cursor.window)
@@ -251,6 +280,7 @@ class Controller:
             raise UserError(f"trainer ranks died {self.generation} times (trainer.max_restarts = {limit}): {died}")
         self.progress.say(f"a trainer rank died; building the group again from step {self.committed_step}")
         self.desk.abandon_round()
+        self.saving = None  # it never counted
         if hasattr(self, "group"):
             self.group.stop()
         self.log.rewind(self.committed_step)
@@ -346,11 +376,10 @@ class Controller:
         self.judge.shutdown()
         if hasattr(self, "group"):
             self.group.stop()
+        if self.saving is not None:  # it failed, perhaps for want of room
+            with contextlib.suppress(UserError):
+                checkpoint.discard_uncommitted(checkpoint.home(self.config))
         self.stream.stop()
-
-
-def checkpoints_dir(config: RunConfig) -> Path:
-    return config.run_dir / "checkpoints"
 
 
 def round_start(config: RunConfig, number: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import yaml
 from sae_ray.config import RunConfig
 from sae_ray.errors import UserError
 from sae_ray.session import check_address
-from sae_ray.storage import LocalStorage, ensure_writable
+from sae_ray.storage import ensure_writable, probe
 
 HASHED_BYTES = 2 << 30
 
@@ -21,29 +22,72 @@ FREE_ON_RESUME = (
     *(f"judge.{key}" for key in ("start_timeout_s", "deadline_s")),
     *(
         f"activations.{key}"
-        for key in ("producers", "cpus", "gpus", "window_blocks", "lease_timeout_s", "max_restarts")
+        for key in ("producers", "cpus", "gpus", "window_blocks", "lease_timeout_s", "max_restarts", "store")
     ),
     *(f"trainer.{key}" for key in ("dp", "tp", "cpus", "gpus", "max_restarts", "step_timeout_s")),
-    *(f"trainer.{key}" for key in ("checkpoint_every", "keep_checkpoints")),
+    *(f"trainer.{key}" for key in ("checkpoint_every", "keep_checkpoints", "checkpoint_dir")),
 )
 
 
 def preflight(config: RunConfig) -> None:
-    """Checks the run folder, the model, the hook, the corpus and the Ray address, cheapest first.
+    """Checks the run folder, the model, the hook, the corpus, what to start from and the Ray address, cheapest first.
 
     Raises:
         UserError: the first thing that would fail, in the user's words.
     """
     ensure_writable(config.run_dir)
     check_address(config.ray)
-    from sae_ray.activations.subject import check_hook, load_tokenizer
-    from sae_ray.corpus import check_corpus
+    if config.trainer.checkpoint_dir is not None:
+        probe(config.trainer.checkpoint_dir, "trainer.checkpoint_dir")
     from sae_ray.embedded import resolve_model
 
-    check_hook(config.model, config.hook)
-    check_corpus(config, load_tokenizer(config.model))
+    check_sources(config)
+    check_init_from(config)
     if (config.rlaif.enabled or config.evaluation.latents) and config.judge.app is None:
         resolve_model(config.judge.model, "judge.model")
+
+
+def check_sources(config: RunConfig) -> None:
+    """Checks where activations come from: the model, its hook points, the corpus, the activation store.
+
+    Raises:
+        UserError: the first thing that is wrong, or a store that ends before the run does.
+    """
+    from sae_ray.activations.store import ActivationStore
+    from sae_ray.activations.subject import check_hooks, load_tokenizer
+    from sae_ray.corpus import check_corpus
+
+    if config.activations.store is not None:
+        store = ActivationStore.open(config.activations.store)
+        store.check(config)
+        store.check_enough(config)
+    check_hooks(config.model, config.hooks)
+    check_corpus(config, load_tokenizer(config.model))
+
+
+def check_init_from(config: RunConfig) -> None:
+    """Reads the SAEs that `sae.init_from` names, unless the run has a checkpoint and goes on from that.
+
+    Raises:
+        UserError: one cannot be read, or does not fit its `sae` section or the model.
+    """
+    from sae_ray.trainer import checkpoint
+
+    starts = {name: spec for name, spec in config.specs().items() if spec.sae.init_from is not None}
+    if not starts or checkpoint.latest(checkpoint.home(config)) is not None:
+        return
+    from sae_ray.activations.subject import read_model_config
+    from sae_ray.sae.formats import check_fits, import_sae
+
+    width = getattr(read_model_config(config.model).get_text_config(), "hidden_size", None)
+    for name, spec in starts.items():
+        try:
+            sae = import_sae(str(spec.sae.init_from))
+            check_fits(sae, spec.sae, width, width if spec.hook_out else None)
+        except UserError as error:
+            where = "" if name == "main" else f"saes {name}: "
+            key = "" if str(error).startswith("sae.init_from") else "sae.init_from: "
+            raise UserError(f"{where}{key}{error}") from error
 
 
 def check_checkpoint(config: RunConfig) -> None:
@@ -56,14 +100,9 @@ def check_checkpoint(config: RunConfig) -> None:
     """
     from sae_ray.trainer import checkpoint
 
-    path = checkpoint.latest(config.run_dir / "checkpoints")
-    if path is None:
-        return
-    files = checkpoint.read_manifest(path)["files"]
-    if sum(entry["bytes"] for entry in files.values()) <= HASHED_BYTES:
-        storage = LocalStorage(path)
-        for name, entry in files.items():
-            storage.read(name, entry["sha256"])
+    path = checkpoint.latest(checkpoint.home(config))
+    if path is not None:
+        checkpoint.check_whole(path, HASHED_BYTES)
 
 
 def numbers_of(config: RunConfig) -> dict[str, Any]:
@@ -79,26 +118,62 @@ def numbers_of(config: RunConfig) -> dict[str, Any]:
 
 
 def check_resumable(config: RunConfig) -> None:
-    """A run name that was used before must mean the same run.
+    """A run name that was used before must mean the same run, and so must a checkpoint folder.
 
     Raises:
-        UserError: the run folder holds a run whose numbers would differ; names the keys.
+        UserError: the run folder or trainer.checkpoint_dir holds a run whose numbers would differ; names the keys.
     """
+    from sae_ray.trainer import checkpoint
+
     path = config.run_dir / "config.yaml"
-    if not path.exists():
-        return
+    if path.exists():
+        try:
+            earlier = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError:
+            earlier = None
+        _check_same(config, earlier, path, config.run_dir)
+    latest = checkpoint.latest(checkpoint.home(config))
+    if latest is not None and (earlier := checkpoint.read_manifest(latest).get("config")):
+        _check_same(config, earlier, latest, checkpoint.home(config))
+
+
+def _check_same(config: RunConfig, earlier: Any, where: str | Path, holder: str | Path) -> None:
     try:
-        before = numbers_of(RunConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))))
-    except (ValueError, yaml.YAMLError) as error:
+        before = numbers_of(RunConfig.model_validate(earlier))
+    except ValueError as error:
         raise UserError(
-            f"{path}: the earlier run's config cannot be read; use another name or remove {config.run_dir}"
+            f"{where}: the earlier run's config cannot be read; use another name or remove {holder}"
         ) from error
     changed = sorted(_differences(before, numbers_of(config)))
     if changed:
         raise UserError(
-            f"{config.run_dir}: holds a run with other settings ({'; '.join(changed[:5])}); "
+            f"{holder}: holds a run with other settings ({'; '.join(changed[:5])}); "
             "use another name, the same settings, or --fresh"
         )
+
+
+def remove_run(config: RunConfig) -> None:
+    """What `--fresh` does: the run folder goes, and this run's checkpoints wherever they are.
+
+    Raises:
+        UserError: the folder is no run's, or the checkpoints are another run's; nothing was removed then.
+    """
+    from sae_ray.trainer import checkpoint
+
+    folder = config.run_dir
+    if folder.exists() and not (folder / "config.yaml").is_file() and any(folder.iterdir()):
+        raise UserError(f"--fresh: {folder} does not look like a run folder; not removed")
+    home = checkpoint.home(config)
+    for _, path in checkpoint.committed(home):
+        name = checkpoint.read_manifest(path).get("config", {}).get("name", config.name)
+        if name != config.name:
+            raise UserError(
+                f"--fresh: {path} is a checkpoint of the run {name!r}; not removed; "
+                "choose another trainer.checkpoint_dir"
+            )
+    checkpoint.remove_all(home)
+    if folder.exists():
+        shutil.rmtree(folder)
 
 
 def _differences(before: Any, after: Any, prefix: str = "") -> list[str]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
 
 from rich.console import Console
 
 from sae_ray.config import RunConfig
-from sae_ray.controller import Controller, checkpoints_dir
-from sae_ray.evaluation.evaluator import find_versions
+from sae_ray.controller import Controller
+from sae_ray.errors import UserError
+from sae_ray.evaluation.evaluator import BEFORE, RLAIF, find_saes
 from sae_ray.evaluation.run import evaluate, print_results
 from sae_ray.report.render import render_report
-from sae_ray.sae.formats import export_saelens
+from sae_ray.sae.formats import Provenance, export_sae
 from sae_ray.session import Interrupt, ray_session
 from sae_ray.telemetry import Progress, RunLog, RunStatus
 from sae_ray.trainer import checkpoint
@@ -26,18 +27,24 @@ def run_training(config: RunConfig, verbose: bool = False) -> None:
     """
     console = Console()
     status = RunStatus(total_steps=config.total_steps)
-    folder = checkpoints_dir(config)
+    folder = checkpoint.home(config)
     latest = checkpoint.latest(folder)
     done = checkpoint.read_manifest(latest)["step"] if latest else 0
     if done >= config.total_steps and (config.run_dir / "evaluation.json").exists():
         console.print(f"{config.name}: is complete; --fresh trains it again", soft_wrap=True)
         print_results(config, console)
         return
+    folder_is_new = not (config.run_dir / "config.yaml").exists()
     (config.run_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     log = RunLog(config.run_dir, done)
     progress = Progress(config.name, status, console, log)
     try:
         with Interrupt() as interrupt, progress, ray_session(config.ray, verbose):
+            if done and folder_is_new:
+                progress.say(
+                    f"{config.run_dir} is new, but {folder} holds step {done}: the run goes on from there; "
+                    "metrics and verdicts of earlier steps were in the old run folder"
+                )
             controller = Controller(config, status, progress, log, interrupt)
             try:
                 controller.run()
@@ -48,19 +55,30 @@ def run_training(config: RunConfig, verbose: bool = False) -> None:
                 controller.close()
     finally:
         log.close()
-    export(config)
+    export(config, lambda line: console.print(line, soft_wrap=True))
     render_report(config.run_dir)
     print_results(config, console)
 
 
-def export(config: RunConfig) -> Path:
-    """Writes the run's SAE in SAELens's format. Returns the folder."""
-    sae = list(find_versions(config).values())
-    return export_saelens(
-        sae[min(1, len(sae) - 1)],
-        config.run_dir / "saelens",
-        model=config.model.name,
-        hook=config.hook.name,
-        context_length=config.corpus.context_length,
-        dataset=config.corpus.dataset or config.corpus.kind,
-    )
+def export(config: RunConfig, say: Callable[[str], object]) -> None:
+    """Writes every SAE of a run in SAELens's format: main's last version into `saelens/`, others beside it.
+
+    Args:
+        say: told about an SAE that SAELens cannot express.
+    """
+    saes = find_saes(config)
+    variants = {name: placed for name, placed in saes.items() if name in config.specs()}
+    main = next(saes[name] for name in (RLAIF, BEFORE) if name in saes)
+    for name, placed in ({"": main} | variants).items():
+        provenance = Provenance(
+            config.model.name,
+            placed.hook.name,
+            config.corpus.context_length,
+            config.corpus.dataset or config.corpus.kind,
+            placed.hook_out.name if placed.hook_out else None,
+        )
+        folder = config.run_dir / (f"saelens-{name}" if name else "saelens")
+        try:
+            export_sae(placed.sae, folder, "saelens", provenance)
+        except UserError as error:
+            say(f"{name or 'main'} is not exported to {folder}: {error}")

@@ -1,13 +1,13 @@
 """Where a hook site lies in a transformer, whatever the family calls its modules.
 
-A point is the output (or, for the input of layer 0, the input) of one module. The same point serves the
-truncated model that produces activations and the whole model into which a reconstruction is spliced.
+A point is the output or the input of one module. The same point serves the truncated model that produces
+activations and the whole model into which a reconstruction is spliced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -28,12 +28,14 @@ _LAYER_PATHS = (
 )
 _ATTENTION_NAMES = ("self_attn", "attention", "attn")
 _MLP_NAMES = ("mlp", "feed_forward")
+# The norm that reads the residual stream behind attention; Gemma 2 and 3 have both of the first two.
+_MIDDLE_NORM_NAMES = ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2")
 
 
 class HookPoint(NamedTuple):
     module: nn.Module
     reads_input: bool
-    """True: the residual stream is the module's first argument; False: it is (the first of) its output."""
+    """True: the value is the module's first argument; False: it is (the first of) its output."""
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
@@ -55,17 +57,24 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
 
 
 def hook_point(model: nn.Module, hook: HookConfig) -> HookPoint:
-    """The module that `hook` means. `resid_pre` of layer i is what layer i-1 puts out."""
+    """The module that `hook` means. `resid_pre` of layer i is what layer i-1 puts out.
+
+    Raises:
+        UserError: the model's layers have no such point, or their modules are named in a way not known here.
+    """
     layers = layers_of(model)
     if hook.site == "resid_pre":
         return HookPoint(layers[0], True) if hook.layer == 0 else HookPoint(layers[hook.layer - 1], False)
     layer = layers[hook.layer]
     if hook.site == "resid_post":
         return HookPoint(layer, False)
-    names = _ATTENTION_NAMES if hook.site == "attn_out" else _MLP_NAMES
+    # Where attention and MLP read the same input (GPT-NeoX has this switch), nothing lies between them.
+    if hook.site == "resid_mid" and getattr(layer, "use_parallel_residual", False):
+        raise UserError(f"hook.site = resid_mid: {type(layer).__name__} runs attention and MLP side by side")
+    names = {"attn_out": _ATTENTION_NAMES, "resid_mid": _MIDDLE_NORM_NAMES}.get(hook.site, _MLP_NAMES)
     for name in names:
         if isinstance(module := getattr(layer, name, None), nn.Module):
-            return HookPoint(module, False)
+            return HookPoint(module, hook.site in ("resid_mid", "mlp_in"))
     raise UserError(f"hook.site = {hook.site}: {type(layer).__name__} has none of {', '.join(names)}")
 
 
@@ -98,23 +107,32 @@ def edited(point: HookPoint, edit: Callable[[Tensor], Tensor | None]) -> Iterato
 
 
 class _Reached(Exception):
-    """The value is caught and nothing behind it is wanted."""
+    """The last value is caught and nothing behind it is wanted."""
 
 
-def run_until(point: HookPoint, forward: Callable[[], object]) -> Tensor:
-    """Call `forward` and return the value at `point`, computing nothing past it (no final norm either)."""
-    caught: list[Tensor] = []
+def run_until(points: Mapping[str, HookPoint], forward: Callable[[], object]) -> dict[str, Tensor]:
+    """Call `forward` once and return the values at `points`, computing nothing past the last one."""
+    caught: dict[str, Tensor] = {}
 
-    def catch(x: Tensor) -> None:
-        caught.append(x)
-        raise _Reached
+    def catcher(name: str) -> Callable[[Tensor], None]:
+        def catch(x: Tensor) -> None:
+            last = len(caught) + 1 == len(points)
+            # Some layers add in place to what they were given, or have given.
+            caught[name] = x if last else x.clone()
+            if last:
+                raise _Reached
 
-    with edited(point, catch):
+        return catch
+
+    with ExitStack() as stack:
+        for name, point in points.items():
+            stack.enter_context(edited(point, catcher(name)))
         try:
             forward()
         except _Reached:
-            return caught[0]
-    raise RuntimeError("the forward pass never reached the hook point")
+            return {name: caught[name] for name in points}
+    missed = [name for name in points if name not in caught]
+    raise RuntimeError(f"the forward pass never reached {', '.join(missed)}")
 
 
 def native_dtype(name: str, device: torch.device) -> torch.dtype:

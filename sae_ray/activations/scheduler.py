@@ -30,6 +30,8 @@ class BlockScheduler:
         window_blocks: train blocks leased or held at once, at most.
         lease_timeout_s: seconds after which a lease goes to someone else.
         leases_per_worker: how many leases a worker holds; with two, it never idles while the driver is busy.
+
+    `train_blocks` is how many train blocks there are at all; None: they never end.
     """
 
     def __init__(self, window_blocks: int, lease_timeout_s: float, leases_per_worker: int = 2) -> None:
@@ -37,6 +39,7 @@ class BlockScheduler:
         self.lease_timeout_s = lease_timeout_s
         self.leases_per_worker = leases_per_worker
         self.first_untrained = 0
+        self.train_blocks: int | None = None
         self._held: set[BlockKey] = set()
         self._requested: dict[BlockKey, None] = {}  # in the order of the requests
         self._deadlines: dict[str, dict[BlockKey, float]] = {}  # worker -> its leases, oldest first
@@ -140,7 +143,8 @@ class BlockScheduler:
 
     def _next(self) -> BlockKey | None:
         leased = {key for leases in self._deadlines.values() for key in leases}
-        window = range(self.first_untrained, self.first_untrained + self.window_blocks)
+        last = self.first_untrained + self.window_blocks
+        window = range(self.first_untrained, last if self.train_blocks is None else min(last, self.train_blocks))
         candidates = (*self._requested, *(BlockKey("train", block_id) for block_id in window))
         return next((key for key in candidates if key not in self._held and key not in leased), None)
 

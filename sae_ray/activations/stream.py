@@ -21,6 +21,7 @@ from sae_ray.activations.scheduler import BlockKey, BlockScheduler
 from sae_ray.config import RunConfig
 from sae_ray.corpus.reader import Split
 from sae_ray.errors import UserError
+from sae_ray.storage import absolute, aws_environment
 
 Event = dict[str, Any]
 _RATE_SPAN_S = 30.0
@@ -54,13 +55,28 @@ class BlockStream:
 
     The caller waits on `pending_refs()` together with whatever else it waits for, and hands what is ready to
     `on_ready`. Nothing here blocks but `start`.
+
+    Args:
+        producer: class of the actors; made with the config's JSON and then `extra`.
+        train_blocks: how many train blocks to produce unasked; None: as many as there are.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        producer: type[ActivationProducer] = ActivationProducer,
+        extra: tuple[Any, ...] = (),
+        train_blocks: int | None = None,
+    ) -> None:
+        if config.activations.store is not None:  # other nodes do not share the driver's working directory
+            update = {"store": absolute(config.activations.store)}
+            config = config.model_copy(update={"activations": config.activations.model_copy(update=update)})
         self._cfg = config
+        self._producer_class, self._extra = producer, extra
         activations = config.activations
         self._mix_blocks = activations.mix_blocks
         self._scheduler = BlockScheduler(activations.window_blocks, activations.lease_timeout_s)
+        self._scheduler.train_blocks = train_blocks
         self._producers: dict[int, _Producer] = {}
         self._pending: dict[ray.ObjectRef, _Pending] = {}
         self._blocks: dict[BlockKey, tuple[ray.ObjectRef, dict[str, Any]]] = {}
@@ -69,7 +85,7 @@ class BlockStream:
         self._seconds = dict.fromkeys(("seconds", "corpus_seconds", "forward_seconds"), 0.0)
         self._recent: deque[tuple[float, int]] = deque()
         self._dtype: str | None = None
-        self._d_in: int | None = None
+        self._widths: dict[str, int] | None = None
 
     # -- life -------------------------------------------------------------------------------------------
 
@@ -102,10 +118,18 @@ class BlockStream:
         self._blocks.clear()
 
     @property
-    def d_in(self) -> int:
-        if self._d_in is None:
+    def widths(self) -> dict[str, int]:
+        """Hook name -> width of its activations."""
+        if self._widths is None:
             raise RuntimeError("no producer is ready: call start() first")
-        return self._d_in
+        return self._widths
+
+    @property
+    def dtype(self) -> str:
+        """What the model computes in."""
+        if self._dtype is None:
+            raise RuntimeError("no producer is ready: call start() first")
+        return self._dtype
 
     @property
     def producers(self) -> list[dict[str, Any]]:
@@ -186,6 +210,13 @@ class BlockStream:
             self._blocks.pop(key, None)
 
     def window_ready(self, window: int) -> bool:
+        """Raises UserError: the activation store ends before this window."""
+        end = self._scheduler.train_blocks
+        if end is not None and (window + 1) * self._mix_blocks > end:
+            raise UserError(
+                f"activations.store = {self._cfg.activations.store}: holds {end} train blocks, and the run has come to "
+                f"window {window}, blocks {window * self._mix_blocks} to {(window + 1) * self._mix_blocks - 1}"
+            )
         return all(self._scheduler.holds(key) for key in self._window(window))
 
     def window_refs(self, window: int) -> list[ray.ObjectRef]:
@@ -223,6 +254,10 @@ class BlockStream:
     def fetched_refs(self, split: Split, block_ids: Iterable[int]) -> list[ray.ObjectRef]:
         return [self._blocks[BlockKey(split, block_id)][0] for block_id in block_ids]
 
+    def fetched_meta(self, split: Split, block_id: int) -> dict[str, Any]:
+        """What its producer said of a block."""
+        return self._blocks[BlockKey(split, block_id)][1]
+
     def release(self, split: Split, block_ids: Iterable[int]) -> None:
         keys = [BlockKey(split, block_id) for block_id in block_ids]
         self._scheduler.release(keys)
@@ -259,13 +294,13 @@ class BlockStream:
 
     def _spawn(self, slot: int, generation: int, now: float) -> None:
         activations = self._cfg.activations
-        remote_class: Any = ray.remote(ActivationProducer)
+        remote_class: Any = ray.remote(self._producer_class)
         actor = remote_class.options(
             num_cpus=activations.cpus,
             num_gpus=activations.gpus,
             max_restarts=0,
             runtime_env={"env_vars": _environment(activations.threads)},
-        ).remote(self._cfg.model_dump_json())
+        ).remote(self._cfg.model_dump_json(), *self._extra)
         self._producers[slot] = _Producer(slot, generation, actor, actor.ready.remote(), now)
 
     def _on_started(self, producer: _Producer, now: float) -> list[Event]:
@@ -281,7 +316,9 @@ class BlockStream:
                 f"model.dtype = {self._cfg.model.dtype}: means {self._dtype} on one node and {info['dtype']} "
                 "on another; name one of them"
             )
-        self._dtype, self._d_in = info["dtype"], info["d_in"]
+        self._dtype, self._widths = info["dtype"], info["widths"]
+        if (stored := info.get("stored_train_blocks")) is not None:
+            self._scheduler.train_blocks = stored
         producer.info = info
         return [{"what": "producer_ready", "producer": producer.slot, "generation": producer.generation, **info}]
 
@@ -333,11 +370,12 @@ class BlockStream:
 
 
 def _environment(threads: int) -> dict[str, str]:
-    """Environment of a producer: thread caps, and the driver's caches."""
+    """Environment of a producer: thread caps, the driver's caches and S3 settings."""
     passed = ("HF_HUB_OFFLINE", "HF_HOME", "HF_HUB_CACHE", "SAE_RAY_CACHE")
     return {
         "OMP_NUM_THREADS": str(threads),
         "RAYON_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
         **{name: os.environ[name] for name in passed if name in os.environ},
+        **aws_environment(),
     }

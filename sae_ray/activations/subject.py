@@ -1,8 +1,8 @@
-"""The subject language model, cut off after the hook point: later layers and the head are never built."""
+"""The subject language model, cut off after the last hook point: later layers and the head are never built."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,38 +18,41 @@ from sae_ray.errors import UserError
 
 
 class SubjectLM:
-    """Activations of one hook point.
+    """Activations of some hook points, in one forward pass.
 
     Args:
         device: where to run; None takes CUDA if there is one.
     Raises:
-        UserError: the model or the layer does not exist, or the model's modules are laid out in a way
+        UserError: the model or a layer does not exist, or the model's modules are laid out in a way
             that is not known.
     """
 
-    def __init__(self, model_cfg: ModelConfig, hook: HookConfig, device: str | torch.device | None = None) -> None:
+    def __init__(
+        self, model_cfg: ModelConfig, hooks: Sequence[HookConfig], device: str | torch.device | None = None
+    ) -> None:
         self.device = _device(device)
         self.dtype = native_dtype(model_cfg.dtype, self.device)
         config = read_model_config(model_cfg)
-        self.n_layers = check_hook(model_cfg, hook)
-        self.d_in: int = _text(config).hidden_size
+        self.n_layers = check_hooks(model_cfg, hooks)
+        # Every site that there is lies on the residual stream, or reads or writes it.
+        self.widths: dict[str, int] = {hook.name: _text(config).hidden_size for hook in hooks}
         # The input of layer 0 needs a layer to hook; it is never run.
-        _truncate(config, max(1, hook.layer + (hook.site != "resid_pre")))
+        _truncate(config, max(1, *(hook.layer + (hook.site != "resid_pre") for hook in hooks)))
         self._model = _load(AutoModel, model_cfg, config, self.dtype, self.device)
-        self._point = hook_point(self._model, hook)
+        self._points = {hook.name: hook_point(self._model, hook) for hook in hooks}
 
     @property
     def layers_built(self) -> int:
         return _text(self._model.config).num_hidden_layers
 
     @torch.inference_mode()
-    def forward(self, tokens_SL: Tensor) -> Tensor:
-        """Activations [S, L, D] in the model's dtype for token ids [S, L] (any integer dtype; pad < 0).
+    def forward(self, tokens_SL: Tensor) -> dict[str, Tensor]:
+        """By hook name, activations [S, L, D] in the model's dtype for token ids [S, L] (any integer; pad < 0).
 
         Padding must be on the right: causal attention then keeps it from all real positions without a mask.
         """
         ids_SL = tokens_SL.to(self.device, torch.long).clamp(min=0)
-        return run_until(self._point, lambda: self._model(input_ids=ids_SL, use_cache=False))
+        return run_until(self._points, lambda: self._model(input_ids=ids_SL, use_cache=False))
 
 
 def load_tokenizer(model_cfg: ModelConfig) -> Any:
@@ -78,8 +81,8 @@ def read_model_config(model_cfg: ModelConfig) -> Any:
         return AutoConfig.from_pretrained(resolve_model(model_cfg.name), trust_remote_code=model_cfg.trust_remote_code)
 
 
-def check_hook(model_cfg: ModelConfig, hook: HookConfig) -> int:
-    """Refuse a layer that the model does not have, reading only its config. Returns its number of layers.
+def check_hooks(model_cfg: ModelConfig, hooks: Sequence[HookConfig]) -> int:
+    """Refuse layers that the model does not have, reading only its config. Returns its number of layers.
 
     Raises:
         UserError: no such model, or no such layer.
@@ -87,8 +90,9 @@ def check_hook(model_cfg: ModelConfig, hook: HookConfig) -> int:
     n_layers = getattr(_text(read_model_config(model_cfg)), "num_hidden_layers", None)
     if n_layers is None:
         raise UserError(f"model.name = {model_cfg.name}: its config has no num_hidden_layers")
-    if hook.layer >= n_layers:
-        raise UserError(f"hook.layer = {hook.layer}: {model_cfg.name} has {n_layers} layers (0 to {n_layers - 1})")
+    for hook in hooks:
+        if hook.layer >= n_layers:
+            raise UserError(f"hook.layer = {hook.layer}: {model_cfg.name} has {n_layers} layers (0 to {n_layers - 1})")
     return n_layers
 
 

@@ -42,7 +42,7 @@ EXAMPLES = 6
 
 @dataclass(frozen=True)
 class SplitView:
-    """The blocks of one split, laid out as contexts."""
+    """The blocks of one split, laid out as contexts: what main reads there."""
 
     raw_TD: torch.Tensor
     layout: ContextLayout
@@ -56,7 +56,7 @@ class SplitView:
             [(block.seq_T, block.pos_T) for block in blocks], sequences, length, config.judge.context_tokens
         )
         return cls(
-            torch.cat([block.acts_TD(torch.float32) for block in blocks]),
+            torch.cat([block.acts_TD(torch.float32, config.hook.name) for block in blocks]),
             layout,
             ContextTexts(config, stored),
         )
@@ -65,7 +65,7 @@ class SplitView:
         rows = torch.from_numpy(latents)
         W_ND, b_N = sae.W_enc_MD[rows], sae.b_enc_M[rows]
         threshold_N = sae.threshold.to(W_ND.dtype).expand(sae.d_sae)[rows]
-        return scan_contexts(self.raw_TD * sae.input_scale, self.layout, latents, W_ND, b_N, sae.b_dec_D, threshold_N)
+        return scan_contexts(self.raw_TD * sae.input_scale, self.layout, latents, W_ND, b_N, sae.centre_D, threshold_N)
 
     def activations(self, sae: TrainedSAE, latent: int, context: int) -> list[float]:
         """Activation of each position of a context, 0 where inactive or not kept."""
@@ -224,14 +224,14 @@ async def _random_directions(
     W_ND = torch.from_numpy(rng.normal(size=(n, sae.d_in))).to(sae.W_enc_MD)
     W_ND = W_ND / W_ND.norm(dim=1, keepdim=True)
     ids, zeros_N = np.arange(n), torch.zeros(n).to(W_ND)
-    raw = scan_contexts(seen.raw_TD * sae.input_scale, seen.layout, ids, W_ND, zeros_N, sae.b_dec_D, zeros_N)
+    raw = scan_contexts(seen.raw_TD * sae.input_scale, seen.layout, ids, W_ND, zeros_N, sae.centre_D, zeros_N)
     wanted = rng.choice(densities, size=n)
     threshold_N = torch.from_numpy(density_matched_threshold(raw.margin_CN, wanted)).to(W_ND)
     # A threshold below zero would let the ReLU cut first; shifting the bias keeps the density.
     shift_N = (1e-3 - threshold_N).clamp(min=0)
     scans = [
         scan_contexts(
-            view.raw_TD * sae.input_scale, view.layout, ids, W_ND, shift_N, sae.b_dec_D, threshold_N + shift_N
+            view.raw_TD * sae.input_scale, view.layout, ids, W_ND, shift_N, sae.centre_D, threshold_N + shift_N
         )
         for view in (seen, unseen)
     ]

@@ -13,7 +13,7 @@ from sae_ray.activations.block import Block
 from sae_ray.config import RunConfig
 from sae_ray.corpus.reader import TokenBlock
 from sae_ray.errors import UserError
-from sae_ray.evaluation.core import ce_recovered, core_metrics
+from sae_ray.evaluation.core import PlacedSAE, ce_recovered, core_metrics
 from sae_ray.evaluation.detection import measure_detection
 from sae_ray.reward.bank import VerdictBank
 from sae_ray.reward.pool_judge import PoolJudge
@@ -26,12 +26,12 @@ BEFORE, RLAIF, CONTROL = "before", "rlaif", "control"
 
 
 def find_versions(config: RunConfig) -> dict[str, TrainedSAE]:
-    """The SAEs of a run folder, by version name. Without an RLAIF phase there is only `before`.
+    """The versions of a run's main SAE, by name. Without an RLAIF phase there is only `before`.
 
     Raises:
         UserError: no committed checkpoint, or a corrupt one (the file is named).
     """
-    folder = config.run_dir / "checkpoints"
+    folder = checkpoint.home(config)
     versions: dict[str, TrainedSAE] = {}
     for step, path in checkpoint.committed(folder):
         manifest = checkpoint.read_manifest(path)
@@ -48,17 +48,40 @@ def find_versions(config: RunConfig) -> dict[str, TrainedSAE]:
     return versions
 
 
+def find_variants(config: RunConfig) -> dict[str, TrainedSAE]:
+    """The other SAEs of a run, by name, as its last checkpoint holds them.
+
+    Raises:
+        UserError: no committed checkpoint, or a corrupt one (the file is named).
+    """
+    folder = checkpoint.home(config)
+    latest = checkpoint.latest(folder)
+    if latest is None:
+        raise UserError(f"{folder}: holds no committed checkpoint; train the run first")
+    return {variant.name: _load(latest, variant.name) for variant in config.saes}
+
+
+def find_saes(config: RunConfig) -> dict[str, PlacedSAE]:
+    """Versions of main, then the other SAEs of a run, each with its hook points."""
+    specs = config.specs()
+    found = [(name, sae, specs["main"]) for name, sae in find_versions(config).items()]
+    found += [(name, sae, specs[name]) for name, sae in find_variants(config).items()]
+    return {name: PlacedSAE(sae, spec.hook, spec.hook_out) for name, sae, spec in found}
+
+
 def _load(path: Any, which: str) -> TrainedSAE:
     return TrainedSAE.from_checkpoint(*checkpoint.load_full(path, which))
 
 
 class Evaluator:
-    """Measures the versions of a run; `evaluation.run` makes it an actor."""
+    """Measures the SAEs of a run; `evaluation.run` makes it an actor."""
 
     def __init__(self, config_json: str):
         self.config = RunConfig.model_validate_json(config_json)
         torch.set_num_threads(self.config.evaluation.threads)
-        self.versions = find_versions(self.config)
+        self.saes = find_saes(self.config)
+        variants = self.config.specs()
+        self.versions = {name: placed.sae for name, placed in self.saes.items() if name not in variants}
         self._doing = "loading"
         self._judge: PoolJudge | None = None
 
@@ -68,19 +91,23 @@ class Evaluator:
         return {"detail": self._doing, **counters}
 
     async def core(self, heldout: list[ray.ObjectRef]) -> dict[str, dict[str, Any]]:
-        """FVU, L0, dead share and CE recovered of every version, on held-out blocks."""
+        """FVU, L0, dead share and CE recovered of every SAE, on held-out blocks."""
         blocks = [Block.from_numpy_dict(await ref) for ref in heldout]
         return await asyncio.to_thread(self._core, blocks)
 
     def _core(self, blocks: list[Block]) -> dict[str, dict[str, Any]]:
         self._doing = "CE loss recovered"
         tokens = first_sequences(blocks, self.config.evaluation.ce_sequences)
-        recovered = ce_recovered(self.config.model, self.config.hook, tokens, self.versions)
+        recovered = ce_recovered(self.config.model, tokens, self.saes)
         out: dict[str, dict[str, Any]] = {}
-        for name, sae in self.versions.items():
+        for name, placed in self.saes.items():
             self._doing = f"FVU and L0 of {name}"
-            core, ce = core_metrics(blocks, sae), recovered[name]
+            core, ce = core_metrics(blocks, placed), recovered[name]
             out[name] = {
+                "architecture": placed.sae.architecture,
+                "d_sae": placed.sae.d_sae,
+                "hook": placed.hook.name,
+                "hook_out": placed.hook_out and placed.hook_out.name,
                 "fvu": core.fvu,
                 "l0": core.l0,
                 "dead_fraction": core.dead_fraction,
@@ -96,7 +123,7 @@ class Evaluator:
         return out
 
     async def detection(self, evidence: list[ray.ObjectRef], heldout: list[ray.ObjectRef]) -> dict[str, Any]:
-        """Held-out detection of every version with both nulls; the judges must serve.
+        """Held-out detection of every version of main with both nulls; the judges must serve.
 
         Raises:
             JudgeAtChance: the run has no calibration yet, and no verdict mode of its judge beats chance.

@@ -13,11 +13,11 @@ from rich.table import Table
 from sae_ray.activations.stream import BlockStream
 from sae_ray.config import RunConfig
 from sae_ray.errors import RunInterrupted, UserError
-from sae_ray.evaluation.evaluator import Evaluator, find_versions
+from sae_ray.evaluation.evaluator import Evaluator, find_saes
 from sae_ray.judge.deploy import JudgeApp
 from sae_ray.report.render import render_report
 from sae_ray.session import Deadline, Interrupt, ray_session
-from sae_ray.storage import LocalStorage
+from sae_ray.storage import LocalStorage, aws_environment
 from sae_ray.telemetry import Progress, RunStatus
 
 POLL_S = 1.0
@@ -25,7 +25,7 @@ POLL_S = 1.0
 
 def evaluate_run(config: RunConfig, verbose: bool = False) -> None:
     """Evaluates a run folder with its own producers and judges, prints the tables and rewrites the report."""
-    find_versions(config)  # a corrupt or missing checkpoint is found before a cluster is touched
+    find_saes(config)  # a corrupt or missing checkpoint is found before a cluster is touched
     status = RunStatus(total_steps=1)
     progress = Progress(config.name, status)
     stream, judge = BlockStream(config), JudgeApp(config.judge, config.name, config.ray.address == "local")
@@ -52,8 +52,11 @@ def evaluate(
     began = time.monotonic()
     progress.phase("evaluation", "held-out blocks")
     heldout = _fetch(config, stream, "heldout", config.evaluation.blocks, progress, interrupt)
-    evidence = _fetch(config, stream, "evidence", config.rlaif.evidence_blocks, progress, interrupt)
-    evaluator: Any = ray.remote(Evaluator).options(num_cpus=0, max_concurrency=4).remote(config.model_dump_json())
+    n_evidence = config.rlaif.evidence_blocks if config.evaluation.latents else 0
+    evidence = _fetch(config, stream, "evidence", n_evidence, progress, interrupt)
+    actor: Any = ray.remote(Evaluator)
+    environment = {"env_vars": aws_environment()}
+    evaluator = actor.options(num_cpus=0, max_concurrency=4, runtime_env=environment).remote(config.model_dump_json())
     try:
         progress.phase("evaluation", "FVU, L0, dead latents, CE loss recovered")
         core = _wait(config, evaluator, evaluator.core.remote(heldout), progress, status, interrupt)
@@ -148,6 +151,12 @@ def print_results(config: RunConfig, console: Console) -> None:
         losses = [_f(row[key]) for key in ("ce_clean", "ce_sae", "ce_recovered_mean", "ce_recovered_zero")]
         core.add_row(name, _f(row["fvu"]), _f(row["l0"], 1), f"{row['dead_fraction']:.1%}", *losses)
     console.print(core)
+    if config.saes:
+        saes = Table("version", "architecture", "latents", "hook point", title="the SAEs of this run")
+        for name, row in result["core"].items():
+            place = row["hook"] if row["hook_out"] is None else f"{row['hook']} -> {row['hook_out']}"
+            saes.add_row(name, row["architecture"], str(row["d_sae"]), place)
+        console.print(saes)
     detection = Table(title=f"held-out detection, soft AUROC (95% interval over latents), judge {config.judge.model}")
     for heading in ("version", "AUROC", "interval", "shuffled null", "latents"):
         detection.add_column(heading, justify="left" if heading == "version" else "right")

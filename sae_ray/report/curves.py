@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -162,8 +162,19 @@ def chart(
     )
 
 
-def run_charts(rows: list[dict[str, Any]], timeline: Timeline) -> tuple[list[Chart], list[Chart]]:
-    """The curves that a reader wants first, and the rest."""
+def variant_role(index: int) -> str:
+    """The style of a run's other SAEs; six colours, then again."""
+    return f"sae-{index % 6}"
+
+
+def run_charts(
+    rows: list[dict[str, Any]], timeline: Timeline, variants: Sequence[str] = ()
+) -> tuple[list[Chart], list[Chart]]:
+    """The curves that a reader wants first, and the rest.
+
+    Args:
+        variants: names of the run's SAEs beside main.
+    """
 
     def both(key: str) -> list[Series]:
         main, control = column(rows, key), column(rows, f"control/{key}")
@@ -171,6 +182,10 @@ def run_charts(rows: list[dict[str, Any]], timeline: Timeline) -> tuple[list[Cha
 
     def one(key: str) -> list[Series]:
         return [Series("SAE", "rlaif", column(rows, key))]
+
+    def every(key: str) -> list[Series]:
+        found = [Series(v, variant_role(i), column(rows, f"{v}/{key}")) for i, v in enumerate(variants)]
+        return [*found, Series("main", "rlaif", column(rows, key))] if variants else []
 
     # The trainer logs exactly 0 while it has no rewards: that is no credit, not a credit of 0.
     credit = [point for point in column(rows, "credit_loss") if point[1] != 0.0]
@@ -185,7 +200,16 @@ def run_charts(rows: list[dict[str, Any]], timeline: Timeline) -> tuple[list[Cha
             timeline,
             show_zero=True,
         ),
+        chart(
+            "FVU of every SAE",
+            "The same batches, each at its own hook point.",
+            every("fvu"),
+            timeline,
+            log=True,
+            wide=True,
+        ),
         chart("L0", "Active latents per token.", both("l0"), timeline),
+        chart("L0 of every SAE", "Active latents per token.", every("l0"), timeline, log=True),
         chart("Dead latents", "Share of all latents.", both("dead_fraction"), timeline, floor=0.0, label=percent),
         chart("Credit loss", "As it is added to the loss, gamma included.", [Series("SAE", "rlaif", credit)], timeline),
         chart("Step time", "Seconds per step.", one("step_seconds"), timeline, floor=0.0, clip=True, wide=True),

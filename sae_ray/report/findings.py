@@ -140,7 +140,8 @@ def _reconstruction_cost(evaluation: dict[str, Any]) -> list[str]:
 
 def cards(run: RunFiles) -> list[Card]:
     """The numbers that a reader looks for first; training batches stand in where nothing was evaluated."""
-    core = measured(run.evaluation, "core")
+    variants = {variant.name for variant in run.config.saes}
+    core = {name: row for name, row in measured(run.evaluation, "core").items() if name not in variants}
     detection = measured(run.evaluation, "detection")
     found: list[Card] = []
     for label, key, show, hint in (

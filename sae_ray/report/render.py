@@ -23,7 +23,7 @@ from markupsafe import Markup
 
 from sae_ray import __version__
 from sae_ray.report import formats
-from sae_ray.report.curves import Timeline, run_charts
+from sae_ray.report.curves import Timeline, run_charts, variant_role
 from sae_ray.report.features import SHOWN_EXAMPLES, Latent, best_and_worst, ranked_version, read_latents
 from sae_ray.report.findings import LEVEL, cards, conclude, in_order, measured, version_label
 from sae_ray.report.run_files import RunFiles, applied_rewards, phase_seconds, read_run
@@ -74,7 +74,8 @@ def _view(run: RunFiles, n_features: int) -> dict[str, Any]:
     script = _asset("page.js")
     rewards = applied_rewards(run.events)
     timeline = _timeline(run, rewards)
-    charts, more_charts = run_charts(run.metrics, timeline)
+    variants = {variant.name: variant_role(index) for index, variant in enumerate(run.config.saes)}
+    charts, more_charts = run_charts(run.metrics, timeline, list(variants))
     latents = read_latents(run.evaluation)
     best, worst = best_and_worst(latents, n_features)
     return {
@@ -90,6 +91,7 @@ def _view(run: RunFiles, n_features: int) -> dict[str, Any]:
         "when": _when(run.events),
         "conclusion": conclude(run),
         "cards": cards(run),
+        "variants": variants,
         "charts": charts,
         "more_charts": more_charts,
         "rlaif_shown": timeline.rlaif_from is not None,
@@ -146,6 +148,7 @@ def _rows(table: dict[str, Any], columns: tuple[str, ...]) -> list[dict[str, Any
 
 def _core_table(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
     columns = (
+        "hook", "hook_out", "architecture", "d_sae",
         "fvu", "l0", "dead_fraction", "ce_clean", "ce_sae", "ce_mean_ablation", "ce_zero_ablation",
         "ce_recovered_mean", "ce_recovered_zero",
     )  # fmt: skip

@@ -80,7 +80,7 @@ class CreditEstimator(Protocol):
         Args:
             x_BD: scaled inputs of one step.
             params: the local shard (`trainer.sharded_sae.CreditParams`); only its encoder may be touched.
-            threshold: the running gate threshold.
+            threshold: of the gate: one for all latents (0-dim) or one for each latent of the shard.
         """
         ...
 
@@ -184,7 +184,7 @@ class TeacherGate:
         label_BN = (torch.addmm(state["b_N"], x_BD, state["W_ND"].T) > 0).to(x_BD.dtype)
         W_ND, b_N = params.W_enc_mD[rows_N], params.b_enc_m[rows_N]
         pre_BN = torch.addmm(b_N, x_BD - params.b_dec_D, W_ND.T)
-        logit_BN = gate_logit(pre_BN, threshold, self._settings.slope)
+        logit_BN = gate_logit(pre_BN, threshold.expand_as(params.b_enc_m)[rows_N], self._settings.slope)
         bce_N = F.binary_cross_entropy_with_logits(logit_BN, label_BN, reduction="none").sum(0)
         bce_N = bce_N / (state["rate_N"] * len(x_BD)).clamp(min=1)
         weight_N = state["credit_N"] * _freshness(self._settings, state, W_ND, params.step)
@@ -260,7 +260,8 @@ class BankGate:
         x_VSD = state["x_CSD"][context_V] - params.b_dec_D
         pre_VS = torch.einsum("vsd,vd->vs", x_VSD, W_ND[latent_V]) + b_N[latent_V, None]
         pre_V = pre_VS.masked_fill(~state["mask_CS"][context_V], -torch.inf).amax(1)
-        logit_V = gate_logit(pre_V, threshold, self._settings.slope)
+        threshold_V = threshold.expand_as(params.b_enc_m)[rows_N][latent_V]
+        logit_V = gate_logit(pre_V, threshold_V, self._settings.slope)
         fpr, fnr = state["rates"].tolist()
         p_V = observed(torch.sigmoid(logit_V), fpr, fnr).clamp(1e-4, 1 - 1e-4)
         bce_V = F.binary_cross_entropy(p_V, state["row_verdict"][pick], reduction="none") * state["row_weight"][pick]

@@ -1,4 +1,4 @@
-"""A trained SAE in one piece, for evaluation, explanation and export. No process group, no Ray."""
+"""A trained SAE or transcoder in one piece, for evaluation, explanation and export. No process group, no Ray."""
 
 from __future__ import annotations
 
@@ -7,38 +7,67 @@ from typing import Any
 
 import torch
 
-from sae_ray.sae.architectures import architecture
-from sae_ray.sae.selection import Alone
+from sae_ray.errors import UserError
+from sae_ray.sae.selection import Alone, select_topk
+
+THRESHOLD_GATED = ("batchtopk", "matryoshka")
+ARCHITECTURES = ("batchtopk", "topk", "matryoshka", "jumprelu", "gated", "relu_l1")
 
 
 @dataclass(frozen=True)
 class TrainedSAE:
-    """Takes and gives raw activations; the input scale is applied and undone inside.
+    """Takes and gives raw activations; the scales are applied and undone inside.
 
-    threshold: 0-dim (BatchTopK's running one) or [M] (an imported JumpReLU). input_scale: x = raw * scale.
+        x = raw * input_scale;  c = x - b_dec if subtract_b_dec else x;  pre = c @ W_enc.T + b_enc
+        reconstruction = (f @ W_dec + b_dec) / output_scale
+
+    Suffixes: D d_in, O d_out (equal to d_in unless it is a transcoder), M d_sae.
+
+    threshold: 0-dim (the running one of the topk family; 0 where the gate has none) or [M] (jumprelu: a latent
+    passes strictly above it). k: 0 where it is not known. output_scale: None is input_scale.
     """
 
     W_enc_MD: torch.Tensor
-    W_dec_MD: torch.Tensor
+    W_dec_MD: torch.Tensor  # [M, O]
     b_enc_M: torch.Tensor
-    b_dec_D: torch.Tensor
+    b_dec_D: torch.Tensor  # [O]
     threshold: torch.Tensor
     architecture: str
     k: int
     input_scale: float = 1.0
+    output_scale: float | None = None
+    subtract_b_dec: bool = True
+    r_mag_M: torch.Tensor | None = None
+    b_mag_M: torch.Tensor | None = None
+    margin: float = 0.0
+    input_norm: str = "none"
 
     @classmethod
     def from_checkpoint(cls, tensors: dict[str, torch.Tensor], manifest: dict[str, Any]) -> TrainedSAE:
         """From what `trainer.checkpoint.load_full` returns."""
+        architecture = manifest["architecture"]
+        if architecture == "jumprelu":
+            threshold = tensors["theta"]
+        elif architecture in ("gated", "relu_l1"):
+            threshold = torch.zeros((), dtype=tensors["b_enc"].dtype)
+        else:
+            threshold = tensors["threshold"]
+        output_scale = manifest.get("output_scale")
         return cls(
             tensors["W_enc"],
             tensors["W_dec"],
             tensors["b_enc"],
             tensors["b_dec"],
-            tensors["threshold"],
-            manifest["architecture"],
+            threshold,
+            architecture,
             int(manifest["k"]),
             float(manifest["input_scale"]),
+            None if output_scale is None else float(output_scale),
+            bool(manifest.get("subtract_b_dec", True)),
+            tensors["r_mag"] if architecture == "gated" else None,
+            tensors["b_mag"] if architecture == "gated" else None,
+            float(manifest.get("margin", 0.0)),
+            manifest.get("input_norm", "none"),
         )
 
     @property
@@ -49,37 +78,86 @@ class TrainedSAE:
     def d_in(self) -> int:
         return self.W_enc_MD.shape[1]
 
+    @property
+    def d_out(self) -> int:
+        return self.W_dec_MD.shape[1]
+
+    @property
+    def reconstruction_scale(self) -> float:
+        """What a decoded vector is divided by to become a raw activation."""
+        return self.input_scale if self.output_scale is None else self.output_scale
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether the numbers alone say so; one between equal widths and scales differs only by its hook points."""
+        return self.d_out != self.d_in or self.reconstruction_scale != self.input_scale
+
+    @property
+    def centre_D(self) -> torch.Tensor:
+        """[d_in], what the encoder subtracts from a scaled input."""
+        return self.b_dec_D if self.subtract_b_dec else torch.zeros_like(self.W_enc_MD[0])
+
     def to(self, device: torch.device | str) -> TrainedSAE:
         own = vars(self).items()
         tensors: dict[str, Any] = {name: value.to(device) for name, value in own if isinstance(value, torch.Tensor)}
         return replace(self, **tensors)
 
-    def pre_activations(self, raw_TD: torch.Tensor) -> torch.Tensor:
-        """[T, M], before the gate."""
+    def centred(self, raw_TD: torch.Tensor) -> torch.Tensor:
+        """[T, D], what the encoder's rows are multiplied with."""
         x_TD = raw_TD.to(self.W_enc_MD) * self.input_scale
-        return torch.addmm(self.b_enc_M, x_TD - self.b_dec_D, self.W_enc_MD.T)
+        return x_TD - self.b_dec_D if self.subtract_b_dec else x_TD
+
+    def pre_activations(self, raw_TD: torch.Tensor) -> torch.Tensor:
+        """[T, M], what the gate decides on (gated: the gate's path, not the magnitude's)."""
+        return torch.addmm(self.b_enc_M, self.centred(raw_TD), self.W_enc_MD.T)
 
     @torch.no_grad()
     def encode(self, raw_TD: torch.Tensor) -> torch.Tensor:
         """Activations [T, M], zero where inactive; a token's do not depend on the other tokens."""
         pre_TM = self.pre_activations(raw_TD)
-        gate = architecture(self.architecture, self.k).infer_gate(pre_TM, self.threshold.to(pre_TM.dtype), Alone())
-        f_TM = torch.zeros_like(pre_TM)
-        f_TM[gate.rows_N, gate.cols_N] = pre_TM[gate.rows_N, gate.cols_N]
-        return f_TM
+        value_TM = pre_TM
+        if self.architecture == "gated":
+            value_TM = self._magnitude(pre_TM, slice(None)).relu()
+        return torch.where(self._active(pre_TM), value_TM, 0)
 
     @torch.no_grad()
     def encode_latent(self, raw_TD: torch.Tensor, latent: int) -> torch.Tensor:
-        """Activations [T] of one latent under the threshold gate."""
-        x_TD = raw_TD.to(self.W_enc_MD) * self.input_scale
-        pre_T = (x_TD - self.b_dec_D) @ self.W_enc_MD[latent] + self.b_enc_M[latent]
+        """Activations [T] of one latent; topk is gated by its running threshold, which needs no other latent."""
+        pre_T = self.centred(raw_TD) @ self.W_enc_MD[latent] + self.b_enc_M[latent]
+        if self.architecture == "gated":
+            return torch.where(pre_T > 0, self._magnitude(pre_T, latent).relu(), 0)
         threshold = self.threshold.to(pre_T.dtype).expand(self.d_sae)[latent]
-        return torch.where(pre_T >= threshold, pre_T.relu(), 0)
+        passes_T = pre_T > threshold if self.architecture == "jumprelu" else pre_T >= threshold
+        return torch.where(passes_T, pre_T.relu(), 0)
 
     @torch.no_grad()
     def decode(self, f_TM: torch.Tensor) -> torch.Tensor:
-        """Raw activations [T, D] that the latents' activations stand for."""
-        return (f_TM @ self.W_dec_MD + self.b_dec_D) / self.input_scale
+        """Raw activations [T, O] that the latents' activations stand for."""
+        return torch.addmm(self.b_dec_D, f_TM, self.W_dec_MD) / self.reconstruction_scale
 
     def reconstruct(self, raw_TD: torch.Tensor) -> torch.Tensor:
         return self.decode(self.encode(raw_TD))
+
+    def _magnitude(self, pre: torch.Tensor, latents: slice | int) -> torch.Tensor:
+        """The gated architecture's second path, from its first: both share the encoder's rows."""
+        assert self.r_mag_M is not None, "gated"
+        assert self.b_mag_M is not None, "gated"
+        return (pre - self.b_enc_M[latents]) * self.r_mag_M[latents].exp() + self.b_mag_M[latents]
+
+    def _active(self, pre_TM: torch.Tensor) -> torch.Tensor:
+        threshold = self.threshold.to(pre_TM.dtype)
+        if self.architecture in THRESHOLD_GATED:
+            return (pre_TM >= threshold) & (pre_TM > 0)
+        if self.architecture == "jumprelu":
+            return (pre_TM > threshold) & (pre_TM > 0)
+        if self.architecture in ("relu_l1", "gated"):
+            return pre_TM > 0
+        if self.architecture != "topk":
+            raise UserError(f"sae.architecture {self.architecture!r} is unknown; known: {', '.join(ARCHITECTURES)}")
+        if self.margin:
+            cut_T1 = pre_TM.topk(self.k, dim=1).values[:, -1:]
+            return (pre_TM >= cut_T1 - self.margin) & (pre_TM > 0)
+        gate = select_topk(pre_TM, self.k, Alone())
+        active_TM = torch.zeros_like(pre_TM, dtype=torch.bool)
+        active_TM[gate.rows_N, gate.cols_N] = True
+        return active_TM

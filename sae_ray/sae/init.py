@@ -32,17 +32,27 @@ def unit_rows(first: int, last: int, d_in: int, seed: int, dtype: torch.dtype) -
 
 
 def input_scale(raw_TD: torch.Tensor, convention: str) -> float:
-    """The factor that raw activations are multiplied by: 1, or sqrt(d_in) / mean norm for "sqrt_d".
+    """The factor that raw activations are multiplied by.
+
+    1 for "none"; sqrt(d_in) / mean norm for "sqrt_d"; sqrt(d_in / mean squared norm) for "rms".
 
     Raises:
         UserError: the activations are all zero, so that no scale exists.
     """
     if convention == "none":
         return 1.0
-    mean_norm = float(raw_TD.double().norm(dim=1).mean())
-    if mean_norm == 0:
-        raise UserError("the first activations are all zero: sae.input_norm sqrt_d has no scale to find")
-    return math.sqrt(raw_TD.shape[1]) / mean_norm
+    norm_T = raw_TD.double().norm(dim=1)
+    size = float(norm_T.mean() if convention == "sqrt_d" else norm_T.square().mean().sqrt())
+    if size == 0:
+        raise UserError(f"the first activations are all zero: sae.input_norm {convention} has no scale to find")
+    return math.sqrt(raw_TD.shape[1]) / size
+
+
+def centre(x_TD: torch.Tensor, how: str) -> torch.Tensor:
+    """Where b_dec starts, [D] float64: "geometric_median", "mean" or "zero"."""
+    if how == "geometric_median":
+        return geometric_median(x_TD)
+    return x_TD.double().mean(0) * (how == "mean")
 
 
 def geometric_median(x_TD: torch.Tensor, iterations: int = 50) -> torch.Tensor:

@@ -12,6 +12,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from sae_ray.sae.encoder import Pairs, top_of
+
 DIGIT_BITS = 16
 
 
@@ -58,79 +60,92 @@ class Alone:
 
 
 def select_batch_topk(pre_Bm: torch.Tensor, n_keep: int, shard: Shard, collectives: SelectionCollectives) -> Gate:
-    """The `n_keep` largest positive pre-activations of the whole batch, over all shards.
+    """`keep_batch_topk` of all pre-activations: the `n_keep` largest positive ones of the whole batch."""
+    rows_N, cols_N = torch.nonzero(pre_Bm > 0, as_tuple=True)
+    pairs, threshold = keep_batch_topk(Pairs(rows_N, cols_N, pre_Bm[rows_N, cols_N]), n_keep, shard, collectives)
+    return Gate(pairs.rows_N, pairs.cols_N, threshold)
+
+
+def keep_batch_topk(
+    pairs: Pairs, n_keep: int, shard: Shard, collectives: SelectionCollectives
+) -> tuple[Pairs, torch.Tensor]:
+    """The `n_keep` largest of the candidates of all shards, and the smallest value among them (0-dim).
 
     Radix select: positive IEEE floats sort like their bit patterns, so a histogram of the high bits, summed
     over the mesh, names the bucket that holds the threshold, and a histogram of the next bits splits it. Two
-    all-reduces for float32, four for float64. Fewer than `n_keep` are active only where fewer are positive.
+    all-reduces for float32, four for float64. Fewer than `n_keep` are kept only where fewer are given, and
+    then the threshold is 0.
 
     Args:
-        pre_Bm: float32 or float64, contiguous, finite.
+        pairs: positive candidates of this shard, float32 or float64; those that are missing are smaller than
+            `n_keep` others.
     """
-    bits_F = _bits(pre_Bm).view(-1)
-    shift = pre_Bm.element_size() * 8 - DIGIT_BITS
-    # Negative floats have the sign bit set and are negative integers: they all land in bucket 0.
-    histogram = torch.bincount((bits_F >> shift).clamp_(min=0), minlength=1 << (DIGIT_BITS - 1))
-    bucket, above, inside = _bucket_of(collectives.sum_mesh(histogram), n_keep)
-    need = n_keep - above
-    flat_N = torch.nonzero(bits_F >= max(bucket << shift, 1)).view(-1)
-    bits_N = bits_F[flat_N]
-
-    prefix = bucket
-    while shift > 0:
-        undecided = bits_N[(bits_N >> shift) == prefix]
-        shift -= DIGIT_BITS
+    shift = pairs.vals_N.element_size() * 8 - DIGIT_BITS
+    bits_N = pairs.vals_N.view(torch.int32 if pairs.vals_N.dtype == torch.float32 else torch.int64)
+    need, inside, prefix = n_keep, len(bits_N), 0
+    undecided = bits_N
+    while True:
         digits = (undecided >> shift) & ((1 << DIGIT_BITS) - 1)
-        histogram = collectives.sum_mesh(torch.bincount(digits, minlength=1 << DIGIT_BITS))
-        if prefix == 0 and int(histogram.sum()) < need:
-            return _as_gate(flat_N, pre_Bm, pre_Bm.new_zeros(()))  # every positive value is active
+        histogram = collectives.sum_mesh(torch.bincount(digits, minlength=1 << DIGIT_BITS).int())
+        if prefix == 0 and need == n_keep and int(histogram.sum()) < need:
+            return pairs, pairs.vals_N.new_zeros(())
         bucket, above, inside = _bucket_of(histogram, need)
         need -= above
         prefix = (prefix << DIGIT_BITS) | bucket
+        if shift == 0:
+            break
+        undecided = undecided[(undecided >> shift) == prefix]
+        shift -= DIGIT_BITS
 
-    threshold_bits = torch.tensor(prefix, dtype=bits_F.dtype, device=bits_F.device)
-    threshold = threshold_bits.view(pre_Bm.dtype)
+    threshold_bits = torch.tensor(prefix, dtype=bits_N.dtype, device=bits_N.device)
     keep_N = bits_N >= threshold_bits
     if inside > need:
-        keep_N &= (bits_N > threshold_bits) | _first_ties(flat_N, bits_N == prefix, need, pre_Bm, shard, collectives)
-    return _as_gate(flat_N[keep_N], pre_Bm, threshold)
+        keep_N &= (bits_N > threshold_bits) | _first_ties(pairs, bits_N == threshold_bits, need, shard, collectives)
+    return Pairs(*(field[keep_N] for field in pairs)), threshold_bits.view(pairs.vals_N.dtype)
 
 
 def select_topk(pre_Bm: torch.Tensor, k: int, collectives: SelectionCollectives) -> Gate:
+    """`keep_topk` of all pre-activations. `k` must not be larger than the number of latents of all shards."""
+    pairs, threshold = keep_topk(*top_of(pre_Bm, min(k, pre_Bm.shape[1])), k, collectives)
+    return Gate(pairs.rows_N, pairs.cols_N, threshold)
+
+
+def keep_topk(
+    top_Bk: torch.Tensor, latents_Bk: torch.Tensor, k: int, collectives: SelectionCollectives
+) -> tuple[Pairs, torch.Tensor]:
     """The `k` largest positive pre-activations of each token, over all tp shards; ties by global latent id.
 
-    One all-gather of [B, k] values. `k` must not be larger than the number of latents of all shards.
-    """
-    local_k = min(k, pre_Bm.shape[1])
-    top_Bk = pre_Bm.topk(local_k, dim=1).values
-    if local_k < k:
-        padding = pre_Bm.new_full((pre_Bm.shape[0], k - local_k), -torch.inf)
-        top_Bk = torch.cat([top_Bk, padding], dim=1)
-    top_RBk = collectives.gather_tp(top_Bk.contiguous())
-    merged = top_RBk.transpose(0, 1).reshape(pre_Bm.shape[0], -1)
-    cut_B = merged.topk(k, dim=1).values[:, -1]
+    One all-gather of [B, k] values.
 
-    ties_RB = (top_RBk == cut_B[None, :, None]).sum(-1)
-    need_B = k - (merged > cut_B[:, None]).sum(1) - ties_RB[: collectives.tp_rank].sum(0)
-    rows_N, cols_N = torch.nonzero((pre_Bm >= cut_B[:, None]) & (pre_Bm > 0), as_tuple=True)
-    is_tie_N = pre_Bm[rows_N, cols_N] == cut_B[rows_N]
-    # Position of a tie among its row's local ties, counted from 1 in order of latent id.
-    so_far_N = is_tie_N.cumsum(0)
-    before_row_B = torch.zeros_like(need_B).scatter_reduce_(
-        0, rows_N, so_far_N - is_tie_N.long(), "amin", include_self=False
-    )
-    keep_N = ~is_tie_N | (so_far_N - before_row_B[rows_N] <= need_B[rows_N])
-    return Gate(rows_N[keep_N], cols_N[keep_N], cut_B.clamp(min=0).mean())
+    Args:
+        top_Bk, latents_Bk: the shard's own largest per token, as `encoder.top_rows` gives them; fewer columns
+            than `k` where the shard has fewer latents.
+    Returns:
+        The kept pairs, and the mean over these tokens of the k-th largest value.
+    """
+    keep_Bk = top_Bk > 0
+    padding = top_Bk.new_zeros(len(top_Bk), k - top_Bk.shape[1])
+    top_RBk = collectives.gather_tp(torch.cat([top_Bk, padding], dim=1).contiguous())
+    cut_B = top_RBk[0, :, -1]
+    if len(top_RBk) > 1:
+        merged = top_RBk.transpose(0, 1).reshape(len(top_Bk), -1)
+        cut_B = merged.topk(k, dim=1).values[:, -1]
+        ties_RB = (top_RBk == cut_B[None, :, None]).sum(-1)
+        need_B = k - (merged > cut_B[:, None]).sum(1) - ties_RB[: collectives.tp_rank].sum(0)
+        # Largest first and ties in order of latent: the first `above + need` of a row are those to keep.
+        n_keep_B = (top_Bk > cut_B[:, None]).sum(1) + need_B.clamp(min=0)
+        keep_Bk = keep_Bk & (torch.arange(top_Bk.shape[1], device=top_Bk.device) < n_keep_B[:, None])
+        keep_Bk &= top_Bk >= cut_B[:, None]
+    order_Bk = latents_Bk.masked_fill(~keep_Bk, torch.iinfo(torch.int64).max).argsort(dim=1)
+    rows_N, places_N = torch.nonzero(keep_Bk.gather(1, order_Bk), as_tuple=True)
+    where_N = order_Bk[rows_N, places_N]
+    return Pairs(rows_N, latents_Bk[rows_N, where_N], top_Bk[rows_N, where_N]), cut_B.mean()
 
 
 def select_above(pre_Bm: torch.Tensor, threshold: torch.Tensor) -> Gate:
     """Pairs whose pre-activation is positive and at least `threshold` (0-dim or [m]); no communication."""
     rows_N, cols_N = torch.nonzero((pre_Bm >= threshold) & (pre_Bm > 0), as_tuple=True)
     return Gate(rows_N, cols_N, threshold)
-
-
-def _bits(values: torch.Tensor) -> torch.Tensor:
-    return values.view(torch.int32 if values.dtype == torch.float32 else torch.int64)
 
 
 def _bucket_of(histogram: torch.Tensor, need: int) -> tuple[int, int, int]:
@@ -142,21 +157,9 @@ def _bucket_of(histogram: torch.Tensor, need: int) -> tuple[int, int, int]:
 
 
 def _first_ties(
-    flat_N: torch.Tensor,
-    is_tie_N: torch.Tensor,
-    need: int,
-    pre_Bm: torch.Tensor,
-    shard: Shard,
-    collectives: SelectionCollectives,
+    pairs: Pairs, is_tie_N: torch.Tensor, need: int, shard: Shard, collectives: SelectionCollectives
 ) -> torch.Tensor:
     """Marks the ties that are among the first `need` of the whole mesh, in order of (token, latent id)."""
-    width = pre_Bm.shape[1]
-    rows_N = flat_N // width + shard.first_row
-    order_N = rows_N * shard.d_sae + flat_N % width + shard.first_latent
+    order_N = (pairs.rows_N + shard.first_row) * shard.d_sae + pairs.cols_N + shard.first_latent
     cut = collectives.gather_mesh_ragged(order_N[is_tie_N]).sort().values[need - 1]
     return is_tie_N & (order_N <= cut)
-
-
-def _as_gate(flat_N: torch.Tensor, pre_Bm: torch.Tensor, threshold: torch.Tensor) -> Gate:
-    width = pre_Bm.shape[1]
-    return Gate(flat_N // width, flat_N % width, threshold)

@@ -5,7 +5,8 @@
     step-N/manifest.json                    written last: a folder without it was never committed
 
 A shard lists the latents it holds, so a reader takes the rows it needs from whichever files hold them. Ranks
-of one dp column hold the same shard; the first writes it. Nothing here needs Ray or a process group.
+of one dp column hold the same shard; the first writes it. `folder` is a local one or `s3://bucket/prefix`
+throughout. Nothing here needs Ray or a process group.
 """
 
 from __future__ import annotations
@@ -13,22 +14,21 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load as tensors_from_bytes
-from safetensors.torch import save as tensors_to_bytes
 
 from sae_ray.config import RunConfig
 from sae_ray.errors import UserError
-from sae_ray.storage import LocalStorage
+from sae_ray.storage import join, open_storage
+from sae_ray.tensor_file import buffers_of
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 CREDIT = "credit."
-LATENT_AXIS_FIRST = frozenset({"W_enc", "W_dec", "b_enc", "silent", "dead"})
+LATENT_AXIS_FIRST = frozenset({"W_enc", "W_dec", "b_enc", "theta", "r_mag", "b_mag", "silent", "dead"})
 
 
 def is_sharded(name: str) -> bool:
@@ -36,33 +36,45 @@ def is_sharded(name: str) -> bool:
     return name.rsplit(".", 1)[-1] in LATENT_AXIS_FIRST
 
 
-def step_dir(folder: str | Path, step: int) -> Path:
-    return Path(folder) / f"step-{step}"
+def home(cfg: RunConfig) -> str | Path:
+    """Where a run's checkpoints lie."""
+    return cfg.trainer.checkpoint_dir or cfg.run_dir / "checkpoints"
+
+
+def step_dir(folder: str | Path, step: int) -> str | Path:
+    return join(folder, f"step-{step}")
 
 
 def shard_name(tp_rank: int, copy: str) -> str:
     return f"rank-{tp_rank}.{copy}.safetensors"
 
 
+def snapshot(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A copy in main memory that later training steps do not change."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+
+
 def write_shard(
     folder: str | Path, tp_rank: int, copy: str, state: dict[str, torch.Tensor]
 ) -> dict[str, dict[str, Any]]:
-    """Writes one shard. Returns its manifest entry, {file: {sha256, bytes}}."""
-    data = tensors_to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
+    """Writes one shard (tensors in main memory). Returns its manifest entry, {file: {sha256, bytes}}."""
+    buffers = buffers_of({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
     name = shard_name(tp_rank, copy)
-    return {name: {"sha256": LocalStorage(folder).write(name, data), "bytes": len(data)}}
+    sha256 = open_storage(folder).write(name, buffers)
+    return {name: {"sha256": sha256, "bytes": sum(buffer.nbytes for buffer in buffers)}}
 
 
 def begin(folder: str | Path) -> None:
-    """Makes `folder` an uncommitted checkpoint, also where an older attempt had committed there."""
-    (Path(folder) / MANIFEST).unlink(missing_ok=True)
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    """Makes `folder` an empty, uncommitted checkpoint, also where an older attempt had committed there."""
+    storage = open_storage(folder)
+    storage.delete(MANIFEST)
+    storage.delete("")
 
 
 def commit(folder: str | Path, manifest: dict[str, Any]) -> None:
     """Writes the manifest: from here on the checkpoint counts."""
     data = json.dumps({"format": FORMAT, **manifest}, indent=1, sort_keys=True)
-    LocalStorage(folder).write(MANIFEST, data.encode())
+    open_storage(folder).write(MANIFEST, data.encode())
 
 
 def manifest_of(cfg: RunConfig, d_in: int, reports: list[dict[str, Any]], about: dict[str, Any]) -> dict[str, Any]:
@@ -76,9 +88,11 @@ def manifest_of(cfg: RunConfig, d_in: int, reports: list[dict[str, Any]], about:
     return {
         **about,
         "mesh": {"dp": cfg.trainer.dp, "tp": cfg.trainer.tp},
-        "latents_of_rank": [list(report["latents"]) for report in shards],
         "files": {name: entry for report in shards for name, entry in report["files"].items()},
-        "copies": shards[0]["copies"],
+        "copies": {
+            copy: {**meta, "latents_of_rank": [list(report["latents"][copy]) for report in shards]}
+            for copy, meta in shards[0]["copies"].items()
+        },
         "d_in": d_in,
         "d_sae": cfg.sae.d_sae,
         "architecture": cfg.sae.architecture,
@@ -90,6 +104,7 @@ def manifest_of(cfg: RunConfig, d_in: int, reports: list[dict[str, Any]], about:
         "context_length": cfg.corpus.context_length,
         "seed": cfg.seed,
         "config_sha256": hashlib.sha256(cfg.to_yaml().encode()).hexdigest(),
+        "config": cfg.model_dump(mode="json"),
     }
 
 
@@ -99,45 +114,74 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     Raises:
         UserError: there is none, or it is not readable by this version.
     """
-    path = Path(folder) / MANIFEST
-    if not path.is_file():
+    storage = open_storage(folder)
+    if not storage.exists(MANIFEST):
         raise UserError(f"{folder}: is not a committed checkpoint: it has no {MANIFEST}")
     try:
-        manifest = json.loads(LocalStorage(folder).read(MANIFEST))
+        manifest = json.loads(storage.read(MANIFEST))
     except ValueError as error:
-        raise UserError(f"{path}: is not JSON") from error
+        raise UserError(f"{storage.url(MANIFEST)}: is not JSON") from error
     if manifest.get("format") != FORMAT:
-        raise UserError(f"{path}: has format {manifest.get('format')}, this version reads {FORMAT}")
+        raise UserError(f"{storage.url(MANIFEST)}: has format {manifest.get('format')}, this version reads {FORMAT}")
     return manifest
 
 
-def committed(folder: str | Path) -> list[tuple[int, Path]]:
+def steps(folder: str | Path) -> dict[int, bool]:
+    """All checkpoints below `folder`, oldest first: step -> whether it was committed."""
+    storage = open_storage(folder)
+    numbers = sorted(int(match[1]) for name in storage.folders() if (match := re.fullmatch(r"step-(\d+)", name)))
+    return {step: storage.exists(f"step-{step}/{MANIFEST}") for step in numbers}
+
+
+def committed(folder: str | Path) -> list[tuple[int, str | Path]]:
     """(step, folder) of the committed checkpoints below `folder`, oldest first."""
-    found = []
-    for path in Path(folder).glob("step-*"):
-        if (match := re.fullmatch(r"step-(\d+)", path.name)) and (path / MANIFEST).is_file():
-            found.append((int(match[1]), path))
-    return sorted(found)
+    return [(step, step_dir(folder, step)) for step, whole in steps(folder).items() if whole]
 
 
-def latest(folder: str | Path) -> Path | None:
+def latest(folder: str | Path) -> str | Path | None:
     """The newest committed checkpoint below `folder`."""
     found = committed(folder)
     return found[-1][1] if found else None
 
 
-def prune(folder: str | Path, keep: int) -> list[Path]:
-    """Deletes all but the newest `keep` committed checkpoints, never a pinned one.
+def prune(folder: str | Path, keep: int) -> list[int]:
+    """Deletes all but the newest `keep` committed checkpoints, never a pinned one, and what was never committed.
 
-    The manifest goes first, so that a crash leaves an uncommitted folder and not a broken checkpoint.
+    Nothing may be in the middle of a save. Returns the steps that are gone.
     """
-    removed = []
-    for _, path in committed(folder)[:-keep]:
-        if not read_manifest(path).get("pin"):
-            (path / MANIFEST).unlink()
-            shutil.rmtree(path, ignore_errors=True)
-            removed.append(path)
+    found = steps(folder)
+    whole = [step for step, is_whole in found.items() if is_whole]
+    old = [step for step in whole[:-keep] if not read_manifest(step_dir(folder, step)).get("pin")]
+    removed = sorted(old + [step for step, is_whole in found.items() if not is_whole])
+    for step in removed:
+        begin(step_dir(folder, step))
     return removed
+
+
+def discard_uncommitted(folder: str | Path) -> None:
+    """Removes what a save that failed has left."""
+    for step, whole in steps(folder).items():
+        if not whole:
+            begin(step_dir(folder, step))
+
+
+def remove_all(folder: str | Path) -> None:
+    """Removes every checkpoint below `folder` and nothing else."""
+    for step in steps(folder):
+        begin(step_dir(folder, step))
+
+
+def check_whole(folder: str | Path, largest: int) -> None:
+    """Reads a committed checkpoint of at most `largest` bytes against its hashes.
+
+    Raises:
+        UserError: a file is missing or corrupt (it is named).
+    """
+    files = read_manifest(folder)["files"]
+    if sum(entry["bytes"] for entry in files.values()) <= largest:
+        storage = open_storage(folder)
+        for name, entry in files.items():
+            storage.read(name, entry["sha256"])
 
 
 def read_rows(
@@ -149,7 +193,7 @@ def read_rows(
         UserError: no such copy, or a file is missing or not what was committed (it is named).
     """
     parts: list[dict[str, torch.Tensor]] = []
-    for tp_rank, (low, high) in enumerate(_bounds(manifest)):
+    for tp_rank, (low, high) in enumerate(_bounds(folder, manifest, copy)):
         if max(low, first) >= min(high, last):
             continue
         state = _read_shard(folder, manifest, tp_rank, copy)
@@ -169,7 +213,7 @@ def read_rows(
 def read_credit(folder: str | Path, manifest: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
     """The credit state that each old shard saved (empty where it had none), in order of latents."""
     out = []
-    for tp_rank in range(len(_bounds(manifest))):
+    for tp_rank in range(len(_bounds(folder, manifest, "main"))):
         state = _read_shard(folder, manifest, tp_rank, "main")
         out.append({n.removeprefix(CREDIT): t for n, t in state.items() if n.startswith(CREDIT)})
     return out
@@ -180,19 +224,22 @@ def load_full(folder: str | Path, which: str = "main") -> tuple[dict[str, torch.
 
     Returns:
         Tensors: W_enc, W_dec [d_sae, d_in], b_enc [d_sae], b_dec [d_in], threshold [], silent [d_sae], ...;
-        and the manifest with `input_scale` and `steps_done` of this copy at the top level.
+        and the manifest with what it says of this copy at the top level.
     """
     manifest = read_manifest(folder)
-    tensors = read_rows(folder, manifest, which, 0, manifest["d_sae"])
-    return tensors, {**manifest, **manifest["copies"][which]}
+    about = {**manifest, **manifest["copies"].get(which, {})}
+    return read_rows(folder, manifest, which, 0, about["d_sae"]), about
 
 
-def _bounds(manifest: dict[str, Any]) -> list[tuple[int, int]]:
-    return [(low, high) for low, high in manifest["latents_of_rank"]]
+def _bounds(folder: str | Path, manifest: dict[str, Any], copy: str) -> list[tuple[int, int]]:
+    """Which latents of a copy each tp rank wrote; copies differ in d_sae."""
+    if copy not in manifest["copies"]:
+        raise UserError(f"{folder}: has no {copy!r} copy, only {', '.join(sorted(manifest['copies']))}")
+    # Before there were variants, the bounds stood once, for all copies.
+    about = {**manifest, **manifest["copies"][copy]}
+    return [(low, high) for low, high in about["latents_of_rank"]]
 
 
 def _read_shard(folder: str | Path, manifest: dict[str, Any], tp_rank: int, copy: str) -> dict[str, torch.Tensor]:
-    if copy not in manifest["copies"]:
-        raise UserError(f"{folder}: has no {copy!r} copy, only {', '.join(sorted(manifest['copies']))}")
     name = shard_name(tp_rank, copy)
-    return tensors_from_bytes(LocalStorage(folder).read(name, manifest["files"][name]["sha256"]))
+    return tensors_from_bytes(open_storage(folder).read(name, manifest["files"][name]["sha256"]))

@@ -10,7 +10,7 @@ from collections import Counter
 import torch
 import torch.distributed as dist
 
-from sae_ray.trainer.mesh import Mesh
+from sae_ray.trainer.mesh import Mesh, share
 
 
 class Collectives:
@@ -54,6 +54,32 @@ class Collectives:
         parts = [torch.empty_like(padded) for _ in range(world)]
         self._count("gather_mesh", padded)
         dist.all_gather(parts, padded)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    def gather_dp_rows(self, tensor_bX: torch.Tensor, n_tokens: int) -> torch.Tensor:
+        """What the dp ranks hold of their tokens, joined in order of token: [n_tokens, ...]."""
+        if self.mesh.dp == 1:
+            return tensor_bX
+        sizes = [share(n_tokens, self.mesh.dp, rank) for rank in range(self.mesh.dp)]
+        return self._gather_padded(tensor_bX, [last - first for first, last in sizes])
+
+    def gather_dp_pairs(self, *tensors_N: torch.Tensor) -> list[torch.Tensor]:
+        """Numbers per pair of all dp ranks, joined in rank order; all tensors have this rank's length."""
+        if self.mesh.dp == 1:
+            return list(tensors_N)
+        length = torch.tensor([len(tensors_N[0])], device=tensors_N[0].device)
+        lengths = [torch.zeros_like(length) for _ in range(self.mesh.dp)]
+        self._count("gather_dp", length)
+        dist.all_gather(lengths, length, group=self._group("dp"))
+        sizes = [int(size) for size in lengths]
+        return [self._gather_padded(tensor_N, sizes) for tensor_N in tensors_N]
+
+    def _gather_padded(self, tensor: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+        padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        parts = [torch.empty_like(padded) for _ in sizes]
+        self._count("gather_dp", padded)
+        dist.all_gather(parts, padded, group=self._group("dp"))
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
     def from_first(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -18,8 +18,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from sae_ray.config import RunConfig
 from sae_ray.errors import UserError
+from sae_ray.storage import absolute, aws_environment
 from sae_ray.trainer import checkpoint
 from sae_ray.trainer.rank import TrainerRank, WindowResult
+from sae_ray.trainer.saving import Saving
 
 POLL_S = 1.0
 NETWORK_ERRORS = ("DistBackendError", "DistNetworkError", "DistStoreError")
@@ -30,8 +32,8 @@ class RankDied(Exception):
 
 
 class TrainerGroup:
-    def __init__(self, config: RunConfig, d_in: int, generation: int):
-        self.config, self.d_in, self.generation = config, d_in, generation
+    def __init__(self, config: RunConfig, widths: dict[str, int], generation: int):
+        self.config, self.widths, self.generation = config, widths, generation
         self.has_control = False
         self.pids: list[int] = []  # of the ranks
         self._ranks: list[Any] = []
@@ -41,17 +43,18 @@ class TrainerGroup:
 
     @classmethod
     def start(
-        cls, config: RunConfig, d_in: int, generation: int, on_wait: Callable[[str], None] = lambda _: None
+        cls, config: RunConfig, widths: dict[str, int], generation: int, on_wait: Callable[[str], None] = lambda _: None
     ) -> TrainerGroup:
         """Reserves the resources, starts the ranks and connects them.
 
         Args:
+            widths: hook name -> width of its activations, for every hook point of the blocks.
             on_wait: told about once a second what is being waited for; may raise to give up.
         Raises:
             UserError: the cluster cannot place the ranks within `ray.wait_s` (missing resources are named).
             RankDied: a rank ended or did not answer while connecting.
         """
-        group = cls(config, d_in, generation)
+        group = cls(config, widths, generation)
         try:
             group._place(on_wait)
             group._connect(on_wait)
@@ -76,7 +79,7 @@ class TrainerGroup:
     # -- training -------------------------------------------------------------------------------------
 
     def build(self, first_window: list[ray.ObjectRef]) -> dict[str, float]:
-        """A new SAE on all ranks, from the first window's blocks. Returns {"input_scale"}."""
+        """New SAEs on all ranks, from the first window's blocks. Returns {"input_scale"} of main."""
         self.has_control = False
         return self._all("the SAE to be built", "build", first_window)[0]
 
@@ -114,15 +117,15 @@ class TrainerGroup:
 
     # -- checkpoints ----------------------------------------------------------------------------------
 
-    def save_checkpoint(
+    def begin_save(
         self,
         folder: str | Path,
         step: int,
         cursor: tuple[int, int],
         extra: dict[str, Any] | None = None,
         pin: str | None = None,
-    ) -> Path:
-        """Commits `folder/step-N`: all shards, then the manifest; then prunes old checkpoints.
+    ) -> Saving:
+        """Snapshots all ranks, which then write `folder/step-N` while they train on; `Saving` commits it.
 
         Args:
             cursor: (window, batches trained in it), where a resumed run goes on.
@@ -131,11 +134,31 @@ class TrainerGroup:
         """
         path = checkpoint.step_dir(folder, step)
         checkpoint.begin(path)
-        reports = self._all(f"{path} to be written", "save", str(path.resolve()))
+        reports = self._all(f"{path} to be snapshotted", "save", absolute(path))
         about = {"step": step, "cursor": list(cursor), "pin": pin, "extra": extra or {}}
-        checkpoint.commit(path, checkpoint.manifest_of(self.config, self.d_in, reports, about))
+
+        def manifest(completed: list[dict[str, Any]]) -> dict[str, Any]:
+            return checkpoint.manifest_of(self.config, self.widths[self.config.hook.name], completed, about)
+
+        return Saving(self, path, step, pin, reports, manifest, 3 * self.config.trainer.step_timeout_s)
+
+    def ask_writers(self, ranks: list[int], patience_s: float) -> list[ray.ObjectRef]:
+        """One question to each of `ranks`: are its files written?"""
+        return [self._ranks[rank].written.remote(patience_s) for rank in ranks]
+
+    def save_checkpoint(
+        self,
+        folder: str | Path,
+        step: int,
+        cursor: tuple[int, int],
+        extra: dict[str, Any] | None = None,
+        pin: str | None = None,
+    ) -> str | Path:
+        """Like `begin_save`, but returns when it is committed and old checkpoints are pruned."""
+        saving = self.begin_save(folder, step, cursor, extra, pin)
+        saving.wait()
         checkpoint.prune(folder, self.config.trainer.keep_checkpoints)
-        return path
+        return saving.path
 
     def load_checkpoint(self, path: str | Path) -> dict[str, Any]:
         """Restores all ranks from a committed checkpoint; returns its manifest (`step`, `cursor`, `extra`).
@@ -143,7 +166,7 @@ class TrainerGroup:
         Raises:
             UserError: not committed, corrupt (the file is named), or of another SAE.
         """
-        manifest = self._all(f"{path} to be loaded", "load", str(Path(path).resolve()))[0]
+        manifest = self._all(f"{path} to be loaded", "load", absolute(path))[0]
         self.has_control = "control" in manifest["copies"]
         return manifest
 
@@ -167,8 +190,9 @@ class TrainerGroup:
                 num_cpus=trainer.cpus,
                 num_gpus=trainer.gpus,
                 max_restarts=0,
+                runtime_env={"env_vars": aws_environment()},
                 scheduling_strategy=PlacementGroupSchedulingStrategy(placement, index),
-            ).remote(self.config.model_dump_json(), self.d_in)
+            ).remote(self.config.model_dump_json(), self.widths)
             for placement in self._placements
             for index in range(trainer.tp)
         ]

@@ -1,7 +1,8 @@
 """One process of the trainer group: gathers blocks, calls `ShardedTrainer`, reports what it did.
 
-`TrainerRank` is a plain class; `group.py` makes it an actor. A rank holds the copy "main" and, once forked,
-"control": the same SAE trained on the same batches without a credit.
+`TrainerRank` is a plain class; `group.py` makes it an actor. A rank holds one copy for each of
+`RunConfig.specs()`, "main" first, and, once forked, "control": main, trained on without a credit. All copies
+train on the same batches.
 """
 
 from __future__ import annotations
@@ -21,13 +22,16 @@ from sae_ray.activations.block import Block
 from sae_ray.config import RunConfig
 from sae_ray.errors import UserError
 from sae_ray.reward.evidence import ContextScan, layout_contexts, scan_contexts
+from sae_ray.sae.formats import check_fits, import_sae
 from sae_ray.sae.selection import select_above
 from sae_ray.trainer import checkpoint
 from sae_ray.trainer.collectives import Collectives
 from sae_ray.trainer.credit_state import reshard
 from sae_ray.trainer.mesh import Mesh
 from sae_ray.trainer.mixing import Cursor, next_cursor, window_batches
+from sae_ray.trainer.saving import ShardWriter
 from sae_ray.trainer.sharded_sae import CreditLoss, ShardedTrainer
+from sae_ray.variants import SAESpec
 
 if TYPE_CHECKING:
     from sae_ray.reward.credit import CreditSettings
@@ -51,13 +55,15 @@ class WindowResult:
 
 
 class TrainerRank:
-    def __init__(self, config_json: str, d_in: int):
+    def __init__(self, config_json: str, widths: dict[str, int]):
         cfg = RunConfig.model_validate_json(config_json)
         torch.set_num_threads(cfg.trainer.threads)
-        self.cfg, self.d_in = cfg, d_in
+        self.cfg, self.widths, self.specs = cfg, widths, cfg.specs()
+        self._hooks = [hook.name for hook in cfg.hooks]
         self.generation = -1
         self.credit: CreditLoss | None = None
         self.copies: dict[str, ShardedTrainer] = {}
+        self._writer = ShardWriter()
         self._device = "cuda" if cfg.trainer.gpus and torch.cuda.is_available() else "cpu"
 
     # ----------------------------------------------------------------------------- joining
@@ -98,10 +104,22 @@ class TrainerRank:
         return os.getpid()
 
     def build(self, first_window_blocks: list[Any]) -> dict[str, float]:
-        """A new SAE, its scale and b_dec taken from these blocks. Returns {"input_scale"}."""
-        acts_TD = _activations(_fetch(first_window_blocks))
-        self.copies = {"main": self._new_trainer()}
-        self.copies["main"].initialise(acts_TD)
+        """New SAEs, their scales and b_dec taken from these blocks. Returns {"input_scale"} of main.
+
+        Raises:
+            UserError: a block holds a number that is not finite, or an SAE to start from does not fit.
+        """
+        acts = self._activations(_fetch(first_window_blocks))
+        self.copies = {name: self._new_trainer(name) for name in self.specs}
+        for name, trainer in self.copies.items():
+            spec = self.specs[name]
+            target_TO = None if spec.hook_out is None else acts[spec.hook_out.name]
+            if spec.sae.init_from is None:
+                trainer.initialise(acts[spec.hook.name], target_TO)
+            else:
+                d_out = None if spec.hook_out is None else trainer.d_out
+                start = check_fits(import_sae(spec.sae.init_from), spec.sae, trainer.d_in, d_out)
+                trainer.load_weights(start, acts[spec.hook.name])
         return {"input_scale": self.copies["main"].input_scale}
 
     # ----------------------------------------------------------------------------- training
@@ -119,15 +137,20 @@ class TrainerRank:
         began = time.perf_counter()
         fetched = _fetch(blocks)
         waited = time.perf_counter() - began
-        acts_TD = _activations(fetched)
-        batches = window_batches(window, len(acts_TD), self.cfg.trainer.batch_tokens, self.cfg.seed)
+        acts = self._activations(fetched)
+        n_tokens = sum(block.n_tokens for block in fetched)
+        batches = window_batches(window, n_tokens, self.cfg.trainer.batch_tokens, self.cfg.seed)
         todo = batches[start_batch : None if max_steps is None else start_batch + max_steps]
         first_step = self.copies["main"].steps_done
         for index_B in todo:
             low, high = self.mesh.rows(len(index_B))
-            raw_bD = acts_TD[index_B[low:high]]
+            index_b = index_B[low:high]
+            # One gather for each hook point, shared by all copies that read it.
+            raw = {hook: acts_TD[index_b].to(self.mesh.device) for hook, acts_TD in acts.items()}
             for name, trainer in self.copies.items():
-                trainer.step(raw_bD, len(index_B), self.credit if name == "main" else None)
+                spec, credit = self._spec(name), self.credit if name == "main" else None
+                target_bO = None if spec.hook_out is None else raw[spec.hook_out.name]
+                trainer.step(raw[spec.hook.name], len(index_B), credit, target_bO)
         cursor = next_cursor(window, start_batch + len(todo), len(batches))
         return WindowResult(
             window,
@@ -158,7 +181,7 @@ class TrainerRank:
         if len(own.latents) and self.cfg.rlaif.gamma > 0:
             acts_TD, layout = self._with_layout(_fetch(evidence), self.cfg.judge.context_tokens)
             rows_N = torch.from_numpy(own.latents - main.first_latent).to(self.mesh.device)
-            latents = LatentState(main.W_enc_mD[rows_N], main.b_enc_m[rows_N], main.b_dec_D.clone())
+            latents = LatentState(main.W_enc_mD[rows_N], main.b_enc_m[rows_N], _centre(main).clone())
             estimator = ESTIMATORS[self.cfg.rlaif.estimator]
             self.credit = estimator.fit(self._credit_settings(), own, latents, main.scaled(acts_TD), layout)
         return {"latents": len(own.latents), "installed": self.credit is not None, "step": main.steps_done}
@@ -175,9 +198,9 @@ class TrainerRank:
         total_m = torch.zeros(len(trainer.b_enc_m), dtype=torch.int64)
         for block in _fetch(blocks):
             acts_TD, layout = self._with_layout([block], context_tokens)
-            # The threshold gate, for topk as well: evidence must not need a collective, because its calls and
+            # The threshold gate, for topk too: evidence must not need a collective, because its calls and
             # the windows may reach the ranks in different orders.
-            rows_N, cols_N, _ = select_above(trainer.pre_activations(acts_TD), trainer.threshold)
+            rows_N, cols_N, _ = select_above(trainer.pre_activations(acts_TD), trainer.thresholds_m())
             pairs = layout.context_T[rows_N.cpu()] * len(total_m) + cols_N.cpu()
             total_m += torch.bincount(torch.unique(pairs) % len(total_m), minlength=len(total_m))
         return total_m.numpy()
@@ -195,8 +218,8 @@ class TrainerRank:
             local,
             trainer.W_enc_mD[rows].cpu(),
             trainer.b_enc_m[rows].cpu(),
-            trainer.b_dec_D.cpu(),
-            trainer.threshold.to(trainer.dtype).expand(len(local)).cpu(),
+            _centre(trainer).cpu(),
+            trainer.thresholds_m()[rows].cpu(),
         )
 
     def decoder_rows(self, latents: list[int], which: str = "main") -> tuple[np.ndarray, np.ndarray]:
@@ -209,23 +232,32 @@ class TrainerRank:
     # ----------------------------------------------------------------------------- checkpoints
 
     def save(self, folder: str) -> dict[str, Any]:
-        """Writes this shard's files (all copies). Returns {"files", "copies", "latents", "mesh"}."""
-        files: dict[str, Any] = {}
+        """Snapshots this shard (all copies) and begins to write its files; training may go on at once.
+
+        Returns {"copies", "latents", "tp_rank", "snapshot_seconds"}; the rest is asked of `written`.
+        """
+        states: dict[str, dict[str, torch.Tensor]] = {}
         if self.mesh.dp_rank == 0:
             for name, trainer in self.copies.items():
-                state = trainer.state()
+                state = states[name] = trainer.state()
                 if name == "main":
                     state["rng.torch"] = torch.get_rng_state()
                     credit = self.credit.state_dict() if self.credit is not None else {}
                     state |= {checkpoint.CREDIT + key: tensor for key, tensor in credit.items()}
-                files |= checkpoint.write_shard(folder, self.mesh.tp_rank, name, state)
-        main = self.copies["main"]
         return {
-            "files": files,
-            "copies": {name: trainer.meta() for name, trainer in self.copies.items()},
-            "latents": (main.first_latent, main.last_latent),
+            "copies": {name: self._about(name) for name in self.copies},
+            "latents": {name: (trainer.first_latent, trainer.last_latent) for name, trainer in self.copies.items()},
             "tp_rank": self.mesh.tp_rank,
+            "snapshot_seconds": self._writer.start(folder, self.mesh.tp_rank, states),
         }
+
+    def written(self, patience_s: float) -> dict[str, Any] | None:
+        """{"files", "write_seconds"} of the last `save`, or None if it is still writing after `patience_s`.
+
+        Raises:
+            UserError: the files could not be written.
+        """
+        return self._writer.report(patience_s)
 
     def load(self, folder: str) -> dict[str, Any]:
         """Restores all copies and the credit from a committed checkpoint of any mesh. Returns its manifest.
@@ -234,13 +266,10 @@ class TrainerRank:
             UserError: a file is missing or corrupt, or the checkpoint's SAE is not the configured one.
         """
         manifest = checkpoint.read_manifest(folder)
-        asked = {"d_in": self.d_in, "d_sae": self.cfg.sae.d_sae, "architecture": self.cfg.sae.architecture}
-        for key, value in asked.items():
-            if manifest[key] != value:
-                raise UserError(f"{folder}: its {key} is {manifest[key]}, this run's is {value}")
+        self._check_copies(folder, manifest)
         self.copies = {}
-        for name, meta in manifest["copies"].items():
-            trainer = self._new_trainer()
+        for name in [name for name in (*self.specs, "control") if name in manifest["copies"]]:
+            meta, trainer = manifest["copies"][name], self._new_trainer(name)
             rows = checkpoint.read_rows(folder, manifest, name, trainer.first_latent, trainer.last_latent)
             trainer.load_state(rows, meta)
             self.copies[name] = trainer
@@ -248,6 +277,41 @@ class TrainerRank:
                 torch.set_rng_state(rows["rng.torch"])
         self.credit = self._restored_credit(folder, manifest)
         return manifest
+
+    def _about(self, name: str) -> dict[str, Any]:
+        """What the manifest says of a copy: with `meta()`, all that is needed to use it without this run's config."""
+        trainer, spec = self.copies[name], self._spec(name)
+        return {
+            **self._identity(name),
+            "hook": spec.hook.name,
+            "hook_out": spec.hook_out and spec.hook_out.name,
+            "k": spec.sae.k,
+            "input_norm": spec.sae.input_norm,
+            **trainer.meta(),
+        }
+
+    def _identity(self, name: str) -> dict[str, Any]:
+        spec = self._spec(name)
+        return {
+            "d_in": self.widths[spec.hook.name],
+            "d_out": self.widths[spec.target.name],
+            "d_sae": spec.sae.d_sae,
+            "architecture": spec.sae.architecture,
+        }
+
+    def _check_copies(self, folder: str, manifest: dict[str, Any]) -> None:
+        """A checkpoint holds the SAEs that the run asks for, or it is another run's."""
+        held = set(manifest["copies"]) - {"control"}
+        if held != set(self.specs):
+            raise UserError(
+                f"{folder}: holds the SAEs {', '.join(sorted(held))}, this run trains {', '.join(sorted(self.specs))}"
+            )
+        for name in manifest["copies"]:
+            about = {**manifest, **manifest["copies"][name]}
+            for key, value in self._identity(name).items():
+                if about.get(key, value) != value:
+                    of = "" if name == "main" else f" of {name}"
+                    raise UserError(f"{folder}: its {key}{of} is {about[key]}, this run's is {value}")
 
     def _restored_credit(self, folder: str, manifest: dict[str, Any]) -> CreditLoss | None:
         """The credit that was installed when the checkpoint was written."""
@@ -269,8 +333,14 @@ class TrainerRank:
 
     # ----------------------------------------------------------------------------- small parts
 
-    def _new_trainer(self) -> ShardedTrainer:
-        return ShardedTrainer(self.cfg.sae, self.cfg.trainer, self.d_in, self.cfg.seed, self.collectives)
+    def _spec(self, name: str) -> SAESpec:
+        return self.specs["main" if name == "control" else name]
+
+    def _new_trainer(self, name: str) -> ShardedTrainer:
+        spec = self._spec(name)
+        d_in = self.widths[spec.hook.name]
+        d_out = None if spec.hook_out is None else self.widths[spec.hook_out.name]
+        return ShardedTrainer(spec.sae, spec.trainer, d_in, self.cfg.seed, self.collectives, d_out)
 
     def _copy(self, which: str) -> ShardedTrainer:
         if which not in self.copies:
@@ -282,7 +352,8 @@ class TrainerRank:
         return ids[(ids >= trainer.first_latent) & (ids < trainer.last_latent)]
 
     def _with_layout(self, blocks: list[Block], context_tokens: int) -> tuple[torch.Tensor, Any]:
-        acts_TD = _activations(blocks)
+        hook = self.specs["main"].hook.name
+        acts_TD = self._activations(blocks, [hook])[hook]
         sequences, length = blocks[0].tokens_SL.shape
         places = [(block.seq_T, block.pos_T) for block in blocks]
         return acts_TD, layout_contexts(places, sequences, length, context_tokens)
@@ -295,8 +366,22 @@ class TrainerRank:
                     row |= {f"{name}/{key}": value for key, value in other.items() if key != "step"}
         return rows
 
+    def _activations(self, blocks: list[Block], hooks: list[str] | None = None) -> dict[str, torch.Tensor]:
+        """All kept tokens' raw activations at some hook points (None: all), blocks in order: [T, D] each.
+
+        Raises:
+            UserError: a block holds a number that is not finite.
+        """
+        names = self._hooks if hooks is None else hooks
+        return {name: torch.cat([_finite(block, name) for block in blocks]) for name in names}
+
     def _timeout(self) -> timedelta:
         return timedelta(seconds=self.cfg.trainer.step_timeout_s)
+
+
+def _centre(trainer: ShardedTrainer) -> torch.Tensor:
+    """[d_in], what the encoder subtracts from a scaled input."""
+    return trainer.b_dec_D if trainer.subtract_b_dec else trainer.W_enc_mD.new_zeros(trainer.d_in)
 
 
 def _fetch(references: list[Any]) -> list[Any]:
@@ -308,21 +393,13 @@ def _fetch(references: list[Any]) -> list[Any]:
     return [Block.from_numpy_dict(value) if block else value for value, block in zip(values, is_block, strict=True)]
 
 
-def _activations(blocks: list[Block]) -> torch.Tensor:
-    """All kept tokens' raw activations, blocks in order: [T, D].
-
-    Raises:
-        UserError: a block holds a number that is not finite.
-    """
-    parts = []
-    for block in blocks:
-        acts_TD = block.acts_TD()
-        # One pass over the block in the usual case: a sum is finite only if every term is.
-        if not torch.isfinite(acts_TD.sum(dtype=torch.float32)) and not torch.isfinite(acts_TD).all():
-            bad = int((~torch.isfinite(acts_TD)).any(1).sum())
-            raise UserError(
-                f"block {block.block_id}: {bad} of {len(acts_TD)} tokens have activations that are not "
-                "finite; a float16 model overflows where bfloat16 or float32 does not (model.dtype)"
-            )
-        parts.append(acts_TD)
-    return torch.cat(parts)
+def _finite(block: Block, hook: str) -> torch.Tensor:
+    acts_TD = block.acts_TD(hook=hook)
+    # One pass over the block in the usual case: a sum is finite only if every term is.
+    if not torch.isfinite(acts_TD.sum(dtype=torch.float32)) and not torch.isfinite(acts_TD).all():
+        bad = int((~torch.isfinite(acts_TD)).any(1).sum())
+        raise UserError(
+            f"block {block.block_id}: {bad} of {len(acts_TD)} tokens have activations at {hook} that are not "
+            "finite; a float16 model overflows where bfloat16 or float32 does not (model.dtype)"
+        )
+    return acts_TD

@@ -1,14 +1,16 @@
 """One SAE whose latents are sharded: forward, hand-written sparse backward, and the optimiser step.
 
-Everything per latent (weights, Adam state, firing counts) is local to the shard. A step communicates, over
-tp, two small histograms (batchtopk) or the local top-k values (topk), one [B, D] reconstruction and one
-vector of D + 4 numbers; over dp, the batch statistics and one flat vector of gradients.
+Everything per latent (weights, moments, firing counts) is local to the shard. What a step communicates does
+not grow with d_sae: over tp two small histograms (batchtopk) or the local top-k values (topk), one [B, O]
+reconstruction and one vector of d_out + 4 numbers; over dp the pairs and the inputs they belong to, from which each
+dp rank computes the same gradients (a gradient itself would be [m, D]; relu_l1 and gated, whose pairs are too many
+to list, do sum it).
 
-    x_hat = sum over shards of f @ W_dec + b_dec       one all-reduce; its backward is the identity
-    d/d b_dec = sum g - (sum df) @ W_enc               the second term is a sum over shards
+    y_hat = sum over shards of f @ W_dec + b_dec       one all-reduce; its backward is the identity
+    d/d b_dec = sum g - (sum d_pre) @ W_enc            the second term is a sum over shards
     norm^2 = sum over shards of sharded grads^2 + b_dec grad^2 once
 
-Suffixes: B global batch, b its tokens on this dp rank, D d_in, m latents of this shard, N active pairs.
+Suffixes: B global batch, b its tokens on this dp rank, D d_in, O d_out, m latents of this shard, N pairs.
 """
 
 from __future__ import annotations
@@ -20,16 +22,25 @@ import torch
 
 from sae_ray.config import SAEConfig, TrainerConfig
 from sae_ray.sae import init
+from sae_ray.sae.activation import Parameters, StepContext, Target
 from sae_ray.sae.architectures import architecture
-from sae_ray.sae.losses import aux_k_weight, centred_power
-from sae_ray.sae.selection import Shard, select_topk
-from sae_ray.sae.sparse import Codes, decode, dot_pairs, sum_by_latent, sum_scalars_by_latent
+from sae_ray.sae.encoder import Encoder, Workspace
+from sae_ray.sae.inference import TrainedSAE
+from sae_ray.sae.losses import centred_power
+from sae_ray.sae.selection import Shard
+from sae_ray.sae.sparse import Codes
+from sae_ray.trainer import gradients as backward
 from sae_ray.trainer.collectives import Collectives
-from sae_ray.trainer.schedule import learning_rate
+from sae_ray.trainer.gradients import Gradients
+from sae_ray.trainer.optimiser import Optimiser, project_out
+from sae_ray.trainer.reconstruction import local_bounds, reconstruct, segments
+from sae_ray.trainer.resampling import resample
+from sae_ray.trainer.schedule import active_latents, decays, learning_rate, sparsity_coefficient
+from sae_ray.trainer.warm_start import warm_start
 
 THRESHOLD_MEMORY = 0.95  # per step, of the running threshold: longer lags behind while the weights still move
-PARAMETERS = ("W_enc", "W_dec", "b_enc", "b_dec")
-METRICS = ("fvu", "aux", "l0", "threshold", "credit_loss", "grad_norm", "loss")
+PRICE_RATE, PRICE_PULL = 0.02, 1.0  # of jumprelu's L0 constraint: how its multiplier moves, and its square's weight
+METRICS = ("fvu", "aux", "penalty", "l0", "threshold", "credit_loss", "grad_norm", "loss")
 
 
 class CreditParams(NamedTuple):
@@ -50,139 +61,185 @@ class CreditLoss(Protocol):
     def state_dict(self) -> dict[str, torch.Tensor]: ...
 
 
-class Gradients(NamedTuple):
-    W_enc_mD: torch.Tensor
-    W_dec_mD: torch.Tensor
-    b_enc_m: torch.Tensor
-    b_dec_D: torch.Tensor
-
-    def plus(self, other: Gradients) -> Gradients:
-        return Gradients(*(a.add_(b) for a, b in zip(self, other, strict=True)))
-
-
 class ShardedTrainer:
-    """One SAE on one process of a mesh. Without a process group it is the whole SAE."""
+    """One SAE on one process of a mesh. Without a process group it is the whole SAE.
 
-    def __init__(self, sae: SAEConfig, trainer: TrainerConfig, d_in: int, seed: int, collectives: Collectives):
-        self.sae, self.cfg, self.d_in, self.seed, self.collectives = sae, trainer, d_in, seed, collectives
+    Args:
+        d_out: width of what a transcoder reconstructs; None: the input itself.
+    """
+
+    def __init__(
+        self,
+        sae: SAEConfig,
+        trainer: TrainerConfig,
+        d_in: int,
+        seed: int,
+        collectives: Collectives,
+        d_out: int | None = None,
+    ):
+        self.sae, self.cfg, self.seed, self.collectives = sae, trainer, seed, collectives
+        self.d_in, self.d_out, self.transcodes = d_in, d_out or d_in, d_out is not None
+        self.subtract_b_dec = sae.subtract_b_dec and not self.transcodes
         self.mesh = collectives.mesh
         self.dtype = getattr(torch, trainer.dtype)
-        self.architecture = architecture(sae.architecture, sae.k)
+        self.architecture = architecture(sae)
         self.first_latent, self.last_latent = self.mesh.latents(sae.d_sae)
-        self.input_scale = 1.0
+        self.bounds = local_bounds(self.architecture.prefixes, self.first_latent, self.last_latent)
+        self.input_scale = self.output_scale = 1.0
         self.steps_done = 0
         m, device = self.last_latent - self.first_latent, self.mesh.device
         self.W_enc_mD = torch.zeros(m, d_in, dtype=self.dtype, device=device)
-        self.W_dec_mD = torch.zeros_like(self.W_enc_mD)
+        self.W_dec_mD = torch.zeros(m, self.d_out, dtype=self.dtype, device=device)
         self.b_enc_m = torch.zeros(m, dtype=self.dtype, device=device)
-        self.b_dec_D = torch.zeros(d_in, dtype=self.dtype, device=device)
+        self.b_dec_D = torch.zeros(self.d_out, dtype=self.dtype, device=device)
+        self.own: Parameters = self.architecture.new_parameters(m, self.dtype, device)
         self.threshold = torch.zeros((), dtype=torch.float32, device=device)
+        self.price = torch.zeros(2, dtype=self.dtype, device=device)  # jumprelu: multiplier, L0 of the last step
         self.silent_m = torch.zeros(m, dtype=torch.int64, device=device)  # tokens since the latent last fired
         self.dead_m = torch.zeros(m, dtype=torch.bool, device=device)
         self.n_dead = 0  # of all shards
-        self.adam = torch.optim.Adam(self._parameters(), lr=trainer.lr, betas=trainer.betas, fused=True)
+        self.optimiser = Optimiser(trainer, self.parameters(), {"theta": sae.threshold_lr})
+        self._workspace = Workspace()
         self._logged: list[tuple[int, float, float, float, torch.Tensor]] = []
         self._clock = [0.0, 0]  # seconds and steps since the last log
 
-    def initialise(self, raw_TD: torch.Tensor) -> None:
-        """Scale and b_dec (geometric median) from the first window's raw activations; tied unit-norm rows."""
+    def initialise(self, raw_TD: torch.Tensor, target_TO: torch.Tensor | None = None) -> None:
+        """Scales and b_dec from the first window's raw activations; tied unit-norm rows."""
         raw_TD = raw_TD.to(self.mesh.device, self.dtype)
-        start = torch.zeros(1 + self.d_in, dtype=torch.float64, device=self.mesh.device)
+        target_TO = raw_TD if target_TO is None else target_TO.to(self.mesh.device, self.dtype)
+        self._measure_scales(raw_TD, target_TO)
+        rows_mD = init.unit_rows(self.first_latent, self.last_latent, self.d_in, self.seed, self.dtype)
+        self.W_enc_mD.copy_(rows_mD * self.sae.init_norm)
+        tied = not self.transcodes
+        if not tied:
+            rows_mD = init.unit_rows(self.first_latent, self.last_latent, self.d_out, self.seed + 1, self.dtype)
+        self.W_dec_mD.copy_(rows_mD if self.sae.decoder_norm == "unit" else rows_mD * self.sae.init_norm)
+        x_TD = self.scaled(raw_TD)
+        if not self.subtract_b_dec:
+            # What is not subtracted from the input is taken off behind the encoder.
+            centre_D = self.b_dec_D if tied else init.centre(x_TD, self.sae.b_dec_init).to(self.dtype)
+            self.collectives.from_first(centre_D)
+            self.b_enc_m.copy_(-(self.W_enc_mD @ centre_D))
+        self._start_architecture(x_TD)
+
+    def _measure_scales(self, raw_TD: torch.Tensor, target_TO: torch.Tensor) -> None:
+        start = torch.zeros(2 + self.d_out, dtype=torch.float64, device=self.mesh.device)
         if self.mesh.rank == 0:
             start[0] = init.input_scale(raw_TD, self.sae.input_norm)
-            start[1:] = init.geometric_median(raw_TD * start[0].to(self.dtype))
+            start[1] = init.input_scale(target_TO, self.sae.input_norm) if self.transcodes else start[0]
+            start[2:] = init.centre(target_TO * start[1].to(self.dtype), self.sae.b_dec_init)
         self.collectives.from_first(start)
-        self.input_scale = float(start[0])
-        self.b_dec_D.copy_(start[1:])
-        rows_mD = init.unit_rows(self.first_latent, self.last_latent, self.d_in, self.seed, self.dtype)
-        self.W_enc_mD.copy_(rows_mD)
-        self.W_dec_mD.copy_(rows_mD)
+        self.input_scale, self.output_scale = float(start[0]), float(start[1])
+        self.b_dec_D.copy_(start[2:])
+
+    def _start_architecture(self, x_TD: torch.Tensor) -> None:
+        sample_TD = x_TD[: min(len(x_TD), self.cfg.batch_tokens)]
+        low, high = self.mesh.rows(len(sample_TD))
+        encoder = self._encoder(sample_TD[low:high])
+        self.architecture.start(encoder, self.own, self._context(len(sample_TD)))
 
     # ------------------------------------------------------------------ training
 
     @torch.no_grad()
-    def step(self, raw_bD: torch.Tensor, global_tokens: int, credit: CreditLoss | None = None) -> None:
+    def step(
+        self,
+        raw_bD: torch.Tensor,
+        global_tokens: int,
+        credit: CreditLoss | None = None,
+        target_bO: torch.Tensor | None = None,
+    ) -> None:
         """One optimiser step on a batch of `global_tokens` raw activations.
 
         Args:
             raw_bD: the rows `mesh.rows(global_tokens)` of the batch, any float dtype, finite.
             credit: its gradient by this shard's encoder is added (averaged over dp ranks).
+            target_bO: what a transcoder reconstructs, the same rows.
         """
         began = time.perf_counter()
         lr = learning_rate(self.steps_done, self.cfg)
         x_bD = self.scaled(raw_bD)
-        codes, grads, direct_D, sums = self._loss_and_gradients(x_bD, global_tokens)
-        credit_loss = self._add_credit(credit, x_bD, grads)
-        fired_m = torch.bincount(codes.cols_N, minlength=len(self.b_enc_m)).to(self.dtype)
-        numbers = torch.stack([*sums, credit_loss])
-        grads, direct_D, fired_m, numbers = self._sum_over_dp(grads, direct_D, fired_m, numbers)
-        grad_norm, grads, l0, credit_total = self._sum_over_tp(grads, direct_D, numbers, global_tokens)
-        self._optimise(grads, grad_norm, lr)
+        y_bO = x_bD if target_bO is None else target_bO.to(self.mesh.device, self.dtype) * self.output_scale
+        context = self._context(global_tokens)
+        grads, fired_m, numbers, error_bO = self._loss_and_gradients(x_bD, y_bO, context)
+        numbers.append(self._add_credit(credit, x_bD, grads))
+        totals = self.collectives.sum_dp(torch.stack(numbers))
+        grad_norm, l0, credit_total = self._finish(grads, totals, global_tokens)
+        clip = (self.cfg.grad_clip / (grad_norm + 1e-6)).clamp(max=1) if self.cfg.grad_clip else None
+        self.optimiser.step(grads.named(), clip, lr)
+        self._constrain()
 
-        fvu, aux, _, cut, _ = numbers.unbind()
+        fvu, reconstruction, aux, penalty, _, cut, _ = totals.unbind()
         memory = THRESHOLD_MEMORY if self.steps_done else 0.0
         self.threshold.mul_(memory).add_((1 - memory) * cut.float())
+        self._move_price(l0, context.k)
         self.steps_done += 1
         self.silent_m.add_(global_tokens).masked_fill_(fired_m > 0, 0)
+        self._resample_if_due(x_bD, error_bO, global_tokens)
         self._clock[0] += time.perf_counter() - began
         self._clock[1] += 1
         if self.steps_done % self.cfg.log_every == 0:
-            values = (fvu, aux, l0, self.threshold.to(self.dtype), credit_total, grad_norm)
-            loss = fvu + aux + credit_total
+            shown = self.own["theta"].mean() if "theta" in self.own else self.threshold.to(self.dtype)
+            loss = reconstruction + aux + penalty + credit_total
             self._find_dead()
-            self._log(lr, torch.stack([*values, loss]))
+            self._log(lr, torch.stack([fvu, aux, penalty, l0, shown, credit_total, grad_norm, loss]))
 
     def scaled(self, raw_bD: torch.Tensor) -> torch.Tensor:
         return raw_bD.to(self.mesh.device, self.dtype) * self.input_scale
 
     def _loss_and_gradients(
-        self, x_bD: torch.Tensor, n: int
-    ) -> tuple[Codes, Gradients, torch.Tensor, list[torch.Tensor]]:
-        """Active codes, this process's gradients, d/d b_dec through the reconstruction, and local sums."""
-        total = centred_power(x_bD, n, self.collectives.sum_dp)
-        centred_bD = x_bD - self.b_dec_D
-        pre_bm = torch.addmm(self.b_enc_m, centred_bD, self.W_enc_mD.T)
-        gate = self.architecture.train_gate(pre_bm, self._shard(n), self.collectives)
-        codes = Codes.of(pre_bm, gate)
-        x_hat_bD = self.collectives.sum_tp(decode(codes, self.W_dec_mD)) + self.b_dec_D
-        error_bD = x_hat_bD - x_bD
-        fvu = error_bD.square().sum() / total
-        slope_bD = error_bD * (2 / total)
-        grads = self._sparse_gradients(codes, slope_bD, centred_bD)
-        aux = torch.zeros_like(fvu)
+        self, x_bD: torch.Tensor, y_bO: torch.Tensor, context: StepContext
+    ) -> tuple[Gradients, torch.Tensor, list[torch.Tensor], torch.Tensor]:
+        """Gradients of this shard, which of its latents fired, this dp rank's sums, and y_hat - y."""
+        n = context.shard.global_rows
+        target = Target(y_bO, self.W_dec_mD, self.b_dec_D, centred_power(y_bO, n, self.collectives.sum_dp))
+        encoder = self._encoder(x_bD)
+        active = self.architecture.forward(encoder, self.own, context)
+        found = reconstruct(segments(active.codes, self.bounds), active.codes, target, self.collectives)
+        regular = self.architecture.regularise(active, context, target)
+        d_f_N, d_gate_N = found.d_f_N, None
+        if regular is not None:
+            d_gate_N = regular.d_gate_N
+            d_f_N = d_f_N if regular.d_f_N is None else d_f_N + regular.d_f_N
+        flow = backward.Flow(active, d_f_N, d_gate_N, found.d_f_N, encoder.centred_BD, found.slope_GBO)
+        grads, fired_m = backward.gradients(
+            flow,
+            self.architecture,
+            self.own,
+            self.W_enc_mD,
+            self.bounds,
+            self.subtract_b_dec,
+            context,
+            self.collectives,
+        )
+        none = torch.zeros_like(found.fvu)
+        aux = none
         if self.n_dead and self.sae.aux_k:
-            aux, aux_grads = self._aux_k(-error_bD, centred_bD, pre_bm, n)
-            grads = grads.plus(aux_grads)
+            aux = self._aux_k(-found.error_BO, encoder, grads, n)
         share = len(x_bD) / n
-        count = torch.tensor(float(len(codes.vals_N)), dtype=self.dtype, device=x_bD.device)
-        return codes, grads, slope_bD.sum(0), [fvu, aux, count, gate.threshold.to(self.dtype) * share]
+        numbers = [
+            found.fvu,
+            found.loss,
+            aux,
+            none if regular is None else regular.loss,
+            (active.codes.vals_N > 0).sum().to(self.dtype),
+            active.threshold.to(self.dtype) * share,
+        ]
+        return grads, fired_m, numbers, found.error_BO
 
-    def _aux_k(
-        self, error_bD: torch.Tensor, centred_bD: torch.Tensor, pre_bm: torch.Tensor, n: int
-    ) -> tuple[torch.Tensor, Gradients]:
-        """AuxK (Gao et al., 2406.04093, A.2): dead latents reconstruct what the live ones left over.
-
-        The residual is a constant here: only the dead latents learn from it, encoder and decoder alike.
-        """
+    def _aux_k(self, residual_bO: torch.Tensor, encoder: Encoder, grads: Gradients, n: int) -> torch.Tensor:
+        """Adds the gradients of AuxK to `grads`; returns its loss over this dp rank's tokens."""
         dead = torch.nonzero(self.dead_m).view(-1)
-        gate = select_topk(pre_bm[:, dead], min(self.sae.aux_k, self.n_dead), self.collectives)
-        codes = Codes.of(pre_bm, gate._replace(cols_N=dead[gate.cols_N]))
-        guess_bD = self.collectives.sum_tp(decode(codes, self.W_dec_mD))
-        weight = aux_k_weight(self.sae.aux_coef, self.n_dead, self.sae.aux_k)
-        weight_per_power = weight / centred_power(error_bD, n, self.collectives.sum_dp)
-        left_bD = guess_bD - error_bD
-        loss = left_bD.square().sum() * weight_per_power
-        return loss, self._sparse_gradients(codes, left_bD * (2 * weight_per_power), centred_bD)
-
-    def _sparse_gradients(self, codes: Codes, slope_bD: torch.Tensor, centred_bD: torch.Tensor) -> Gradients:
-        """Gradients of a loss with slope `slope_bD` by the decoded sum; b_dec's is the encoder path only."""
-        d_pre_N = dot_pairs(codes, slope_bD, self.W_dec_mD)
-        b_enc_m = sum_scalars_by_latent(codes, d_pre_N)
-        return Gradients(
-            sum_by_latent(codes, d_pre_N, centred_bD),
-            sum_by_latent(codes, codes.vals_N, slope_bD),
-            b_enc_m,
-            -(b_enc_m @ self.W_enc_mD),
+        return backward.add_aux_k(
+            grads,
+            residual_bO,
+            encoder,
+            dead,
+            self.n_dead,
+            self.W_dec_mD,
+            self.sae,
+            n,
+            self.subtract_b_dec,
+            self.collectives,
         )
 
     def _add_credit(self, credit: CreditLoss | None, x_bD: torch.Tensor, grads: Gradients) -> torch.Tensor:
@@ -194,54 +251,69 @@ class ShardedTrainer:
             b_enc_m = self.b_enc_m.detach().requires_grad_()
             params = CreditParams(W_enc_mD, b_enc_m, self.b_dec_D, self.first_latent, self.steps_done)
             loss = credit.loss(x_bD, params, self.threshold)
-            if loss is None:
-                return none
-            by_W, by_b = torch.autograd.grad(loss, (W_enc_mD, b_enc_m), allow_unused=True)
-        # Each dp rank's loss is a mean over its own tokens: the sum over dp must be their mean.
+            by_W, by_b = (None, None)
+            if loss is not None:
+                by_W, by_b = torch.autograd.grad(loss, (W_enc_mD, b_enc_m), allow_unused=True)
+        # Each dp rank's loss is a mean over its own tokens: what is added is the mean over the ranks.
         if by_W is not None:
-            grads.W_enc_mD.add_(by_W, alpha=1 / self.mesh.dp)
+            grads.W_enc_mD.add_(self.collectives.sum_dp(by_W), alpha=1 / self.mesh.dp)
         if by_b is not None:
-            grads.b_enc_m.add_(by_b, alpha=1 / self.mesh.dp)
-        return loss.detach().to(self.dtype) / self.mesh.dp
+            grads.b_enc_m.add_(self.collectives.sum_dp(by_b), alpha=1 / self.mesh.dp)
+        return none if loss is None else loss.detach().to(self.dtype) / self.mesh.dp
 
-    def _sum_over_dp(
-        self, grads: Gradients, direct_D: torch.Tensor, fired_m: torch.Tensor, numbers: torch.Tensor
-    ) -> tuple[Gradients, torch.Tensor, torch.Tensor, torch.Tensor]:
-        if self.mesh.dp == 1:
-            return grads, direct_D, fired_m, numbers
-        parts = [*grads, direct_D, fired_m, numbers]
-        flat = self.collectives.sum_dp(torch.cat([part.reshape(-1) for part in parts]))
-        pieces = flat.split([part.numel() for part in parts])
-        summed = [piece.view_as(part) for piece, part in zip(pieces, parts, strict=True)]
-        return Gradients(*summed[:4]), summed[4], summed[5], summed[6]
-
-    def _sum_over_tp(
-        self, grads: Gradients, direct_D: torch.Tensor, numbers: torch.Tensor, n: int
-    ) -> tuple[torch.Tensor, Gradients, torch.Tensor, torch.Tensor]:
-        """Gradient norm, final gradients, L0 and credit loss of the whole SAE, in one all-reduce."""
-        # Moving a decoder row along itself is undone by the renormalisation: keep Adam from seeing it.
-        along_m1 = (grads.W_dec_mD * self.W_dec_mD).sum(1, keepdim=True)
-        W_dec_mD = grads.W_dec_mD.addcmul_(along_m1, self.W_dec_mD, value=-1)
-        squares = sum(g.square().sum() for g in (grads.W_enc_mD, W_dec_mD, grads.b_enc_m))
-        packed = torch.cat([grads.b_dec_D, torch.stack([torch.as_tensor(squares), numbers[2], numbers[4]])])
+    def _finish(
+        self, grads: Gradients, totals: torch.Tensor, n: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Final gradients in place, and their norm, L0 and credit loss of the whole SAE: one all-reduce over tp."""
+        if self.sae.decoder_norm == "unit":
+            # Moving a decoder row along itself is undone by the renormalisation: keep the optimiser from seeing it.
+            project_out(grads.W_dec_mO, self.W_dec_mD, grads.along_m)
+        sharded = [grads.W_enc_mD, grads.W_dec_mO, grads.b_enc_m, *grads.own.values()]
+        shown = (self.steps_done + 1) % self.cfg.log_every == 0
+        squares = totals.new_zeros(())
+        if self.cfg.grad_clip or shown:
+            squares = torch.stack([torch.linalg.vector_norm(gradient) for gradient in sharded]).square().sum()
+        packed = torch.cat([grads.b_dec_shard_O, torch.stack([squares, totals[4], totals[6]])])
         self.collectives.sum_tp(packed)
-        b_dec_D = packed[:-3] + direct_D
-        norm = (packed[-3] + b_dec_D.square().sum()).sqrt()
-        return norm, Gradients(grads.W_enc_mD, W_dec_mD, grads.b_enc_m, b_dec_D), packed[-2] / n, packed[-1]
+        grads.b_dec_O.add_(packed[:-3])
+        norm = (packed[-3] + grads.b_dec_O.square().sum()).sqrt()
+        return norm, packed[-2] / n, packed[-1]
 
-    def _optimise(self, grads: Gradients, norm: torch.Tensor, lr: float) -> None:
-        clip = (self.cfg.grad_clip / (norm + 1e-6)).clamp(max=1)
-        for parameter, grad in zip(self._parameters(), grads, strict=True):
-            parameter.grad = grad.mul_(clip)
-        self.adam.param_groups[0]["lr"] = lr
-        self.adam.step()
-        self.adam.zero_grad(set_to_none=True)
-        self.W_dec_mD /= self.W_dec_mD.norm(dim=1, keepdim=True)
+    def _constrain(self) -> None:
+        if self.sae.decoder_norm == "unit":
+            self.optimiser.unit_rows(self.W_dec_mD)
+        if "theta" in self.own:
+            self.own["theta"].clamp_(min=0)
+
+    def _move_price(self, l0: torch.Tensor, k: int) -> None:
+        """jumprelu: the multiplier of its L0 constraint follows the error, for the next step."""
+        if "theta" in self.own:
+            self.price[0] += PRICE_RATE * ((l0 - k) / k).clamp(-1, 1)
+            self.price[1] = l0
+
+    def _resample_if_due(self, x_bD: torch.Tensor, error_bO: torch.Tensor, n: int) -> None:
+        every = self.sae.resample_every
+        if every and self.steps_done % every == 0 and not decays(self.steps_done, self.cfg):
+            self._find_dead()
+            if self.n_dead:
+                resample(self, x_bD, error_bO, n)
 
     def _find_dead(self) -> None:
         """Re-decides which latents are dead. Every `log_every` steps only: it needs a host read."""
         self.dead_m = self.silent_m >= self.sae.dead_after_tokens
         self.n_dead = int(self.collectives.sum_tp(self.dead_m.sum()))
+
+    def _encoder(self, x_bD: torch.Tensor) -> Encoder:
+        centred_bD = x_bD - self.b_dec_D if self.subtract_b_dec else x_bD
+        low_precision = self.cfg.autocast == "bfloat16"
+        return Encoder(centred_bD, self.W_enc_mD, self.b_enc_m, self._workspace, low_precision)
+
+    def _context(self, n: int) -> StepContext:
+        shard = Shard(self.mesh.rows(n)[0], n, self.first_latent, self.sae.d_sae)
+        k = active_latents(self.steps_done, self.sae)
+        error = (self.price[1] - k) / k if self.steps_done else torch.zeros_like(self.price[1])
+        price = ((self.price[0] + PRICE_PULL * error.clamp(-1, 1)) / (n * k)).to(self.dtype)
+        return StepContext(shard, self.collectives, k, sparsity_coefficient(self.steps_done, self.sae), price)
 
     # ------------------------------------------------------------------ metrics, inference, copies
 
@@ -261,60 +333,71 @@ class ShardedTrainer:
 
     @torch.no_grad()
     def encode(self, raw_bD: torch.Tensor) -> Codes:
-        """Active latents of this shard at inference. All ranks of a tp row must call it together (topk)."""
+        """Active latents of this shard at inference, valued by their pre-activations. All ranks of a tp row must
+        call it together (topk)."""
         pre_bm = self.pre_activations(raw_bD)
-        gate = self.architecture.infer_gate(pre_bm, self.threshold.to(self.dtype), self.collectives)
-        return Codes.of(pre_bm, gate)
+        threshold = self.own["theta"] if "theta" in self.own else self.threshold.to(self.dtype)
+        return Codes.of(pre_bm, self.architecture.infer_gate(pre_bm, threshold, self.collectives))
 
     @torch.no_grad()
     def pre_activations(self, raw_bD: torch.Tensor) -> torch.Tensor:
         """[b, m] of this shard; no communication."""
-        return torch.addmm(self.b_enc_m, self.scaled(raw_bD) - self.b_dec_D, self.W_enc_mD.T)
+        return torch.addmm(self.b_enc_m, self._encoder(self.scaled(raw_bD)).centred_BD, self.W_enc_mD.T)
+
+    def thresholds_m(self) -> torch.Tensor:
+        """[m]: the pre-activation from which on each latent counts as active; no communication."""
+        if "theta" in self.own:
+            return self.own["theta"]
+        return self.threshold.to(self.dtype).expand(len(self.b_enc_m))
 
     def fork(self) -> ShardedTrainer:
         """A copy that shares nothing, optimiser state included."""
-        twin = ShardedTrainer(self.sae, self.cfg, self.d_in, self.seed, self.collectives)
+        d_out = self.d_out if self.transcodes else None
+        twin = ShardedTrainer(self.sae, self.cfg, self.d_in, self.seed, self.collectives, d_out)
         twin.load_state({name: tensor.clone() for name, tensor in self.state().items()}, self.meta())
         return twin
 
     # ------------------------------------------------------------------ state
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """Everything the next step depends on. Names under `SHARDED` have latents as their first axis."""
-        out = {
-            **self.parameters(),
-            "threshold": self.threshold,
-            "silent": self.silent_m,
-            "dead": self.dead_m,
-        }
-        for name, parameter in zip(PARAMETERS, self._parameters(), strict=True):
-            moments: dict[str, Any] = self.adam.state.get(parameter, {})
-            for key in ("exp_avg", "exp_avg_sq"):
-                out[f"adam.{key}.{name}"] = moments.get(key, torch.zeros_like(parameter))
-        return out
-
     def parameters(self) -> dict[str, torch.Tensor]:
-        return dict(zip(PARAMETERS, self._parameters(), strict=True))
+        named = {"W_enc": self.W_enc_mD, "W_dec": self.W_dec_mD, "b_enc": self.b_enc_m, "b_dec": self.b_dec_D}
+        return named | self.own
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything the next step depends on; see `checkpoint.LATENT_AXIS_FIRST` for what is sharded."""
+        counts = {"threshold": self.threshold, "price": self.price, "silent": self.silent_m, "dead": self.dead_m}
+        return {**self.parameters(), **counts, **self.optimiser.state()}
 
     def meta(self) -> dict[str, Any]:
-        return {"steps_done": self.steps_done, "input_scale": self.input_scale}
+        return {
+            "steps_done": self.steps_done,
+            "input_scale": self.input_scale,
+            "output_scale": self.output_scale,
+            "architecture": self.sae.architecture,
+            "k": self.sae.k,
+            "margin": self.sae.margin,
+            "d_sae": self.sae.d_sae,
+            "d_in": self.d_in,
+            "d_out": self.d_out,
+            "transcodes": self.transcodes,
+            "subtract_b_dec": self.subtract_b_dec,
+            "input_norm": self.sae.input_norm,
+        }
 
     def load_state(self, state: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
         """Restores `state()` and `meta()`; sharded tensors are this shard's rows."""
-        self.steps_done, self.input_scale = int(meta["steps_done"]), float(meta["input_scale"])
-        own = {**self.parameters(), "threshold": self.threshold, "silent": self.silent_m}
+        self.steps_done = int(meta["steps_done"])
+        self.input_scale, self.output_scale = float(meta["input_scale"]), float(meta["output_scale"])
+        own = {**self.parameters(), "threshold": self.threshold, "price": self.price, "silent": self.silent_m}
         for name, tensor in own.items():
             tensor.copy_(state[name])
         self.dead_m = state["dead"].to(self.mesh.device, torch.bool)
         self.n_dead = int(self.collectives.sum_tp(self.dead_m.sum()))
-        for name, parameter in zip(PARAMETERS, self._parameters(), strict=True):
-            self.adam.state[parameter] = {
-                "step": torch.tensor(float(self.steps_done), device=self.mesh.device),
-                **{key: state[f"adam.{key}.{name}"].to(parameter).contiguous() for key in ("exp_avg", "exp_avg_sq")},
-            }
+        self.optimiser.load(state, self.steps_done)
 
-    def _parameters(self) -> list[torch.Tensor]:
-        return [self.W_enc_mD, self.W_dec_mD, self.b_enc_m, self.b_dec_D]
-
-    def _shard(self, n: int) -> Shard:
-        return Shard(self.mesh.rows(n)[0], n, self.first_latent, self.sae.d_sae)
+    def load_weights(self, sae: TrainedSAE, raw_TD: torch.Tensor, target_TO: torch.Tensor | None = None) -> None:
+        """Starts from a trained SAE of the same shape instead of `initialise`; see `warm_start`."""
+        raw_TD = raw_TD.to(self.mesh.device, self.dtype)
+        target_TO = raw_TD if target_TO is None else target_TO.to(self.mesh.device, self.dtype)
+        self._measure_scales(raw_TD, target_TO)
+        warm_start(self, sae)

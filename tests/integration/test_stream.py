@@ -100,7 +100,7 @@ def test_two_producers_stream_the_blocks_that_one_process_computes(stream, refer
         assert stream.window_tokens(window) == sum(len(ray.get(ref)["acts"]) for ref in refs)
         stream.trained(window)
     after = stream.counters()
-    assert stream.d_in == 576
+    assert stream.widths == {"blocks.4.hook_resid_post": 576}
     assert after["duplicates"] == before["duplicates"]
     assert after["tokens"] > before["tokens"]
 

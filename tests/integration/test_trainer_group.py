@@ -20,6 +20,8 @@ from sae_ray.trainer import checkpoint
 from sae_ray.trainer.group import RankDied, TrainerGroup
 
 D_IN = 24
+HOOK = "blocks.0.hook_resid_post"
+WIDTHS = {HOOK: D_IN}
 
 
 def run_config(tmp_path: Path, **ray_section: object) -> RunConfig:
@@ -60,6 +62,7 @@ def block(block_id: int, bad: bool = False) -> dict:
         "acts": acts,
         "seq_T": place // 64,
         "pos_T": place % 64,
+        "columns": {HOOK: (0, D_IN)},
     }
 
 
@@ -88,7 +91,7 @@ def active_contexts(group: TrainerGroup, blocks: list[ray.ObjectRef]) -> np.ndar
 def test_a_resumed_group_continues_the_same_losses_and_a_corrupt_shard_is_named(blocks, tmp_path):
     config = run_config(tmp_path)
     folder = tmp_path / "checkpoints"
-    group = TrainerGroup.start(config, D_IN, generation=0)
+    group = TrainerGroup.start(config, WIDTHS, generation=0)
     try:
         group.build(window(blocks, 0))
         first = group.window_result(group.train_window(0, 0, window(blocks, 0)))
@@ -109,7 +112,7 @@ def test_a_resumed_group_continues_the_same_losses_and_a_corrupt_shard_is_named(
     finally:
         group.stop()
 
-    group = TrainerGroup.start(config, D_IN, generation=1)
+    group = TrainerGroup.start(config, WIDTHS, generation=1)
     try:
         manifest = group.load_checkpoint(checkpoint.latest(folder))
         assert manifest["extra"] == {"rounds_done": 1}
@@ -122,7 +125,7 @@ def test_a_resumed_group_continues_the_same_losses_and_a_corrupt_shard_is_named(
         assert scan.act_CN.shape == (16, 3)
         assert ((scan.act_CN > 0).sum(0) == counts[[3, 50, 90]]).all()
 
-        with pytest.raises(UserError, match=r"block 77: 1 of 256 tokens"):
+        with pytest.raises(UserError, match=r"block 77: 1 of 256 tokens have activations at blocks\.0\.hook_resid_post"):
             group.window_result(group.train_window(9, 0, [ray.put(block(77, bad=True))]))
 
         shard = path / "rank-1.main.safetensors"
@@ -148,7 +151,7 @@ def test_a_checkpoint_of_two_shards_trains_on_in_one_process(blocks, tmp_path):
 
     config = run_config(tmp_path)
     alone = config.model_copy(update={"trainer": config.trainer.model_copy(update={"tp": 1})})
-    group = TrainerGroup.start(alone, D_IN, generation=1)
+    group = TrainerGroup.start(alone, WIDTHS, generation=1)
     try:
         group.load_checkpoint(path)
         torch.testing.assert_close(losses(group, blocks, range(3, 5)), expected, rtol=1e-3, atol=1e-5)
@@ -161,7 +164,7 @@ def test_a_cluster_without_room_says_what_is_missing(ray_session: None, tmp_path
     greedy = config.model_copy(update={"trainer": config.trainer.model_copy(update={"cpus": 30.0})})
     began = time.monotonic()
     with pytest.raises(UserError, match=r"needs on one node 60 CPU \(free: .* of 8\)"):
-        TrainerGroup.start(greedy, D_IN, generation=0)
+        TrainerGroup.start(greedy, WIDTHS, generation=0)
     assert time.monotonic() - began < 30
 
 
@@ -196,7 +199,7 @@ def test_rewards_move_main_and_not_control_and_survive_a_resume(blocks, tmp_path
     config = run_config(tmp_path)
     config = config.model_copy(update={"rlaif": config.rlaif.model_copy(update={"estimator": estimator})})
     folder, evidence = tmp_path / "checkpoints", window(blocks, 9)
-    group = TrainerGroup.start(config, D_IN, generation=0)
+    group = TrainerGroup.start(config, WIDTHS, generation=0)
     try:
         group.build(window(blocks, 0))
         losses(group, blocks, range(3))
@@ -217,7 +220,7 @@ def test_rewards_move_main_and_not_control_and_survive_a_resume(blocks, tmp_path
     finally:
         group.stop()
 
-    group = TrainerGroup.start(config, D_IN, generation=1)
+    group = TrainerGroup.start(config, WIDTHS, generation=1)
     try:
         group.load_checkpoint(path)
         losses(group, blocks, range(3, 4))

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from sae_ray.config import parse_config
 from sae_ray.errors import UserError
@@ -261,6 +262,29 @@ def test_page_shows_every_section_and_needs_no_network(tmp_path: Path) -> None:
     assert "url(" not in source
     assert "nan" not in page.text.lower().split()
     assert path.stat().st_size < 1_000_000
+
+
+def test_a_sweeps_other_saes_stand_in_the_table_and_curves_and_not_on_the_cards(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "sweep")
+    plain = Page(render_report(run)).text
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["saes"] = [{"name": "early", "hook": {"layer": 4}}, {"name": "late", "sae": {"k": 16}}]
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    row = {"fvu": 0.5123, "l0": 15.9, "hook": "blocks.4.hook_resid_post", "architecture": "batchtopk", "d_sae": 4608}
+    edit(run, "evaluation.json", lambda value: value["core"].update(early=row))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [one | {"early/fvu": 0.6, "late/fvu": 0.7, "early/l0": 15.0} for one in rows]
+    (run / "metrics.jsonl").write_text(_lines(rows))
+    page = Page(render_report(run))
+    assert "FVU of every SAE" in page.text
+    assert "0.5123" in page.text
+    assert "blocks.4.hook_resid_post" in page.text
+    for card in ("FVU 0.239 before 0.242 control 0.235", "L0 32.1 before"):
+        assert card in page.text
+    classes = page.attributes("class")
+    assert {"v-sae-0", "v-sae-1"} <= set(classes)
+    for word in ("FVU of every SAE", "Hook point"):
+        assert word not in plain
 
 
 def test_every_link_inside_the_page_has_a_target(tmp_path: Path) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from s3_server import BUCKET, S3Server
+from safetensors.torch import load_file
 
 from sae_ray.config import RunConfig, SAEConfig, TrainerConfig
 from sae_ray.errors import UserError
@@ -14,6 +18,7 @@ from sae_ray.sae.inference import TrainedSAE
 from sae_ray.trainer import checkpoint
 from sae_ray.trainer.collectives import Collectives
 from sae_ray.trainer.mesh import Mesh
+from sae_ray.trainer.saving import ShardWriter
 from sae_ray.trainer.sharded_sae import ShardedTrainer
 
 D_IN, D_SAE = 6, 60
@@ -33,6 +38,20 @@ def batch(i: int) -> torch.Tensor:
     return torch.randn(32, D_IN, generator=torch.Generator().manual_seed(i)) + 1
 
 
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3Server]:
+    running = S3Server()
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def on_s3(server, monkeypatch, request) -> str:
+    for name, value in server.settings.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{BUCKET}/{request.node.name}"
+
+
 def write(folder: Path, step: int, trainer: ShardedTrainer, bounds=((0, 24), (24, 60)), pin=None) -> Path:
     """Commits a checkpoint as `len(bounds)` ranks would."""
     path = checkpoint.step_dir(folder, step)
@@ -46,7 +65,9 @@ def write(folder: Path, step: int, trainer: ShardedTrainer, bounds=((0, 24), (24
         }
         state["credit.latents"] = torch.tensor([low])
         files = checkpoint.write_shard(path, rank, "main", state)
-        reports.append({"files": files, "copies": {"main": trainer.meta()}, "latents": (low, high), "tp_rank": rank})
+        reports.append(
+            {"files": files, "copies": {"main": trainer.meta()}, "latents": {"main": (low, high)}, "tp_rank": rank}
+        )
     # A dp replica of a shard writes nothing.
     reports.append({**reports[0], "files": {}})
     about = {"step": step, "cursor": [2, 1], "pin": pin, "extra": {"rounds_done": 1}}
@@ -138,3 +159,104 @@ def test_missing_copies_and_foreign_formats_are_refused(tmp_path):
     (path / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))
     with pytest.raises(UserError, match="format 99"):
         checkpoint.load_full(path)
+
+
+def test_two_shards_read_as_one_and_as_four_are_the_same_sae(tmp_path):
+    """tp 2 -> 1 -> 4, weights and optimiser, each mesh reading what the one before wrote."""
+    trainer = trained()
+    whole = trainer.state()
+    folder, step = tmp_path, 5
+    path = write(folder, step, trainer, ((0, 30), (30, 60)))
+    for bounds in [((0, 60),), ((0, 15), (15, 30), (30, 45), (45, 60))]:
+        manifest, step = checkpoint.read_manifest(path), step + 1
+        parts = [checkpoint.read_rows(path, manifest, "main", low, high) for low, high in bounds]
+        for name, tensor in whole.items():
+            joined = torch.cat([part[name] for part in parts]) if checkpoint.is_sharded(name) else parts[0][name]
+            assert torch.equal(joined, tensor), name
+        again = ShardedTrainer(trainer.sae, trainer.cfg, D_IN, 0, Collectives(Mesh.alone()))
+        again.load_state(checkpoint.read_rows(path, manifest, "main", 0, D_SAE), manifest["copies"]["main"])
+        path = write(folder, step, again, bounds)
+
+
+def test_checkpoints_on_s3_commit_prune_and_load_as_in_a_folder(on_s3, server):
+    trainer = trained()
+    assert checkpoint.latest(on_s3) is None
+    for step in (1, 2, 10):
+        write(on_s3, step, trainer, pin="reconstruction" if step == 1 else None)
+    checkpoint.begin(checkpoint.step_dir(on_s3, 3))
+    checkpoint.write_shard(checkpoint.step_dir(on_s3, 3), 0, "main", trainer.state())
+    assert checkpoint.steps(on_s3) == {1: True, 2: True, 3: False, 10: True}
+    assert checkpoint.latest(on_s3) == f"{on_s3}/step-10"
+    assert checkpoint.prune(on_s3, keep=1) == [2, 3]
+    assert checkpoint.steps(on_s3) == {1: True, 10: True}
+    tensors, _ = checkpoint.load_full(f"{on_s3}/step-10")
+    for name, tensor in trainer.state().items():
+        assert torch.equal(tensors[name], tensor), name
+    key = f"{on_s3.removeprefix(f's3://{BUCKET}/')}/step-10/rank-1.main.safetensors"
+    server.client.put_object(Bucket=BUCKET, Key=key, Body=b"torn")
+    with pytest.raises(UserError, match=rf"{BUCKET}/.*/step-10/rank-1\.main\.safetensors: is corrupt"):
+        checkpoint.load_full(f"{on_s3}/step-10")
+    with pytest.raises(UserError, match=r"rank-1\.main\.safetensors: is corrupt"):
+        checkpoint.check_whole(f"{on_s3}/step-10", largest=1 << 30)
+    checkpoint.remove_all(on_s3)
+    assert checkpoint.steps(on_s3) == {}
+
+
+def test_what_a_failed_save_left_is_removed_and_commits_stay(tmp_path):
+    write(tmp_path, 5, trained())
+    half = tmp_path / "step-6"
+    half.mkdir()
+    (half / ".rank-0.main.safetensors.x1").write_bytes(b"half of a shard")
+    checkpoint.discard_uncommitted(tmp_path)
+    assert checkpoint.steps(tmp_path) == {5: True}
+    assert not half.exists()
+
+
+def test_a_snapshot_holds_the_state_it_was_taken_of_while_training_goes_on(tmp_path, monkeypatch):
+    """The write is held back until the next steps are trained."""
+    go_on, write_shard = threading.Event(), checkpoint.write_shard
+    monkeypatch.setattr(checkpoint, "write_shard", lambda *args: go_on.wait(30) and write_shard(*args))
+    trainer, writer = trained(), ShardWriter()
+    before = {name: tensor.clone() for name, tensor in trainer.state().items()}
+    writer.start(str(tmp_path), 0, {"main": trainer.state()})
+    for i in range(5, 8):
+        trainer.step(batch(i), 32)
+    assert not torch.equal(trainer.state()["W_enc"], before["W_enc"])
+    assert writer.report(0) is None
+    go_on.set()
+    report = writer.report(30)
+    assert report is not None
+    tensors = load_file(tmp_path / "rank-0.main.safetensors")
+    assert tensors.keys() == before.keys()
+    for name, tensor in before.items():
+        assert torch.equal(tensors[name], tensor), name
+    assert report["files"]["rank-0.main.safetensors"]["bytes"] == (tmp_path / "rank-0.main.safetensors").stat().st_size
+
+
+def test_what_goes_wrong_in_the_background_is_raised_where_it_is_asked_for(tmp_path):
+    (tmp_path / "file").write_text("")
+    writer = ShardWriter()
+    writer.start(str(tmp_path / "file" / "step-1"), 0, {"main": {"W_enc": torch.zeros(2, 2)}})
+    with pytest.raises(UserError, match=r"step-1/rank-0\.main\.safetensors: cannot be written: Not a directory"):
+        writer.report(30)
+    # The next save starts afresh.
+    writer.start(str(tmp_path / "step-2"), 0, {"main": {"W_enc": torch.zeros(2, 2)}})
+    assert writer.report(30)["files"].keys() == {"rank-0.main.safetensors"}
+
+
+def test_tensors_of_every_kind_are_read_back_by_the_safetensors_library(tmp_path):
+    state = {
+        "scalar": torch.tensor(2.5, dtype=torch.float64),
+        "half": torch.randn(3, 5).to(torch.bfloat16),
+        "rng.torch": torch.get_rng_state(),
+        "steps": torch.tensor([7, 8]),
+        "dead": torch.tensor([True, False, True]),
+        "empty": torch.zeros(0, 4),
+        "column": torch.randn(4, 3)[:, 1],
+    }
+    checkpoint.write_shard(tmp_path, 0, "main", state)
+    tensors = load_file(tmp_path / "rank-0.main.safetensors")
+    assert tensors.keys() == state.keys()
+    for name, tensor in state.items():
+        assert tensors[name].dtype == tensor.dtype
+        assert torch.equal(tensors[name], tensor), name

@@ -1,4 +1,4 @@
-"""BatchTopK (Bussmann et al., 2412.06410): k active latents per token on average over a batch."""
+"""BatchTopK (Bussmann et al., 2412.06410) and its Matryoshka form (Bussmann et al., 2503.17547)."""
 
 from __future__ import annotations
 
@@ -7,18 +7,38 @@ from typing import ClassVar
 
 import torch
 
-from sae_ray.sae.selection import Gate, SelectionCollectives, Shard, select_above, select_batch_topk
+from sae_ray.config import SAEConfig
+from sae_ray.sae.activation import Active, Parameters, StepContext
+from sae_ray.sae.architectures.topk import TopKFamily
+from sae_ray.sae.encoder import Encoder, batch_candidates
+from sae_ray.sae.selection import Gate, SelectionCollectives, keep_batch_topk, select_above
+from sae_ray.sae.sparse import Codes
 
 
 @dataclass(frozen=True)
-class BatchTopK:
+class BatchTopK(TopKFamily):
     """Training keeps the k*B largest of the batch; inference keeps what reaches the running threshold."""
 
     name: ClassVar[str] = "batchtopk"
-    k: int
+    cfg: SAEConfig
 
-    def train_gate(self, pre_Bm: torch.Tensor, shard: Shard, collectives: SelectionCollectives) -> Gate:
-        return select_batch_topk(pre_Bm, self.k * shard.global_rows, shard, collectives)
+    def forward(self, encoder: Encoder, parameters: Parameters, context: StepContext) -> Active:
+        n_keep = context.k * context.shard.global_rows
+        candidates = batch_candidates(encoder, n_keep)
+        pairs, threshold = keep_batch_topk(candidates, n_keep, context.shard, context.collectives)
+        return Active(Codes.from_pairs(pairs, len(encoder.centred_BD), len(encoder.b_m)), threshold)
 
     def infer_gate(self, pre_Bm: torch.Tensor, threshold: torch.Tensor, collectives: SelectionCollectives) -> Gate:
         return select_above(pre_Bm, threshold)
+
+
+@dataclass(frozen=True)
+class Matryoshka(BatchTopK):
+    """BatchTopK whose first latents must reconstruct alone, at several lengths: general before specific."""
+
+    name: ClassVar[str] = "matryoshka"
+
+    @property
+    def prefixes(self) -> list[int]:
+        ends = [max(1, round(share * self.cfg.d_sae)) for share in self.cfg.groups]
+        return sorted(set(ends))

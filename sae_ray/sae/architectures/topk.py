@@ -1,4 +1,8 @@
-"""TopK (Gao et al., 2406.04093): the k largest latents of each token, in training and at inference."""
+"""TopK (Gao et al., 2406.04093): the k largest latents of each token, in training and at inference.
+
+With `sae.margin` above 0, latents that miss the k-th place by no more than the margin are active too: near ties
+are not decided by noise, and k becomes the least number instead of the only one.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +11,62 @@ from typing import ClassVar
 
 import torch
 
-from sae_ray.sae.selection import Gate, SelectionCollectives, Shard, select_topk
+from sae_ray.config import SAEConfig
+from sae_ray.sae.activation import Active, Parameters, Slopes, StepContext
+from sae_ray.sae.encoder import Encoder, top_of, top_rows
+from sae_ray.sae.selection import Gate, SelectionCollectives, keep_topk, select_topk
+from sae_ray.sae.sparse import Codes
+
+
+class TopKFamily:
+    """What the architectures that rank pre-activations share: no parameters, no further loss, slope 1 if active."""
+
+    cfg: SAEConfig
+
+    @property
+    def prefixes(self) -> list[int]:
+        return [self.cfg.d_sae]
+
+    def new_parameters(self, m: int, dtype: torch.dtype, device: torch.device) -> Parameters:
+        return {}
+
+    def start(self, encoder: Encoder, parameters: Parameters, context: StepContext) -> None:
+        return None
+
+    def regularise(self, active: Active, context: StepContext, target: object) -> None:
+        return None
+
+    def backward(
+        self, active: Active, d_f_N: torch.Tensor, d_gate_N: torch.Tensor | None, own: Parameters, context: StepContext
+    ) -> Slopes:
+        return Slopes(d_f_N, d_f_N, {})
 
 
 @dataclass(frozen=True)
-class TopK:
+class TopK(TopKFamily):
     name: ClassVar[str] = "topk"
-    k: int
+    cfg: SAEConfig
 
-    def train_gate(self, pre_Bm: torch.Tensor, shard: Shard, collectives: SelectionCollectives) -> Gate:
-        return select_topk(pre_Bm, self.k, collectives)
+    def forward(self, encoder: Encoder, parameters: Parameters, context: StepContext) -> Active:
+        k, shape = context.k, (len(encoder.centred_BD), len(encoder.b_m))
+        if self.cfg.margin:
+            pre_Bm = encoder.pre_activations()
+            gate = select_within_margin(pre_Bm, k, self.cfg.margin, context.collectives)
+            return Active(Codes.of(pre_Bm, gate), gate.threshold)
+        pairs, threshold = keep_topk(*top_rows(encoder, min(k, shape[1])), k, context.collectives)
+        return Active(Codes.from_pairs(encoder.exact(pairs), *shape), threshold)
 
     def infer_gate(self, pre_Bm: torch.Tensor, threshold: torch.Tensor, collectives: SelectionCollectives) -> Gate:
-        return select_topk(pre_Bm, self.k, collectives)
+        if self.cfg.margin:
+            return select_within_margin(pre_Bm, self.cfg.k, self.cfg.margin, collectives)
+        return select_topk(pre_Bm, self.cfg.k, collectives)
+
+
+def select_within_margin(pre_Bm: torch.Tensor, k: int, margin: float, collectives: SelectionCollectives) -> Gate:
+    """Positive pairs that are at most `margin` below their token's k-th largest pre-activation of all shards."""
+    top_Bk, _ = top_of(pre_Bm, min(k, pre_Bm.shape[1]))
+    padded_Bk = torch.nn.functional.pad(top_Bk, (0, k - top_Bk.shape[1]))
+    all_Bk = collectives.gather_tp(padded_Bk.contiguous()).transpose(0, 1).reshape(len(pre_Bm), -1)
+    cut_B = all_Bk.topk(k, dim=1).values[:, -1]
+    rows_N, cols_N = torch.nonzero((pre_Bm >= cut_B[:, None] - margin) & (pre_Bm > 0), as_tuple=True)
+    return Gate(rows_N, cols_N, cut_B.mean())
