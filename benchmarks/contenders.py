@@ -271,16 +271,24 @@ CONTENDERS: dict[str, tuple[Callable[[], None], Callable[[Job, torch.Tensor], Co
 # ---------------------------------------------------------------------- a process of its own
 
 
-def peak_mib() -> float:
-    """Most resident memory of this process so far, MiB.
+def resident_mib(field: str = "VmRSS") -> float:
+    """Resident memory of this process, MiB: VmRSS now, VmHWM the most so far.
 
-    The kernel's high-water mark of this address space: ru_maxrss, where there is no /proc, starts at the parent's.
+    Where there is no /proc both are ru_maxrss, which starts at the parent's size.
     """
     status = Path("/proc/self/status")
-    if status.is_file() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+    if status.is_file() and (found := re.search(rf"{field}:\s+(\d+) kB", status.read_text())):
         return int(found[1]) / 1024
     divisor = 1 << 20 if sys.platform == "darwin" else 1 << 10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / divisor
+
+
+def warm_up(build: Callable[[Job, torch.Tensor], Contender], job: Job) -> None:
+    """A step of a tiny SAE: what is imported and started on first use is no cost of a training step."""
+    tiny_BD = torch.randn(8, 16)
+    tiny = build(job._replace(d_in=16, d_sae=64, k=2, batch=8), tiny_BD)
+    tiny.step(tiny_BD)
+    tiny.step(tiny_BD)
 
 
 def read_batches(file: str) -> torch.Tensor:
@@ -296,7 +304,8 @@ def serve(name: str, job: Job) -> None:
     torch.manual_seed(0)
     load_library, build = CONTENDERS[name]
     load_library()
-    after_imports = peak_mib()
+    warm_up(build, job)
+    before = resident_mib()
     x_NBD, contender, at = torch.empty(0), Contender(lambda _: None), 0
     for line in sys.stdin:
         command = json.loads(line)
@@ -315,7 +324,7 @@ def serve(name: str, job: Job) -> None:
         elif command["do"] == "train":
             answer = train(contender, x_NBD, command["steps"], command["held_out"])
         elif command["do"] == "memory":
-            answer = {"imports_mib": after_imports, "peak_mib": peak_mib(), "note": contender.note()}
+            answer = {"imports_mib": before, "peak_mib": resident_mib("VmHWM"), "note": contender.note()}
         print(json.dumps(answer), file=answers, flush=True)
 
 

@@ -248,7 +248,9 @@ def run_seed(world: Any, args: argparse.Namespace, seed: int, console: Console) 
                 trainees[f"saelens lr {lr:g}: {task.name}"] = theirs(task, world, args.steps, seed, lr)
     seconds = dict.fromkeys(trainees, 0.0)
     torch.manual_seed(2000 + seed)
-    for _ in range(args.steps):
+    for done in range(args.steps):
+        if done and done % 1000 == 0:
+            console.print(f"seed {seed}  step {done} of {args.steps}", style="dim")
         x_BD = world.sample(BATCH)
         for name, trainee in trainees.items():
             began = time.perf_counter()

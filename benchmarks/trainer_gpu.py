@@ -23,124 +23,10 @@ if "cpu" in sys.argv:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is first imported
 
 import torch
+from trainer_gpu_steps import Problem, dense_step, our_step, plain_codes, plain_step, problem, select, slope_of
 
-from sae_ray.sae import sparse, triton_kernels, triton_selection
-from sae_ray.sae.selection import Alone, Shard
+from sae_ray.sae import triton_kernels, triton_selection
 from sae_ray.sae.triton_kernels import TILES, LatentGradients, Tiles
-
-CHUNK_PAIRS = 65_536
-
-
-class Problem(NamedTuple):
-    x_BD: torch.Tensor
-    W_enc_mD: torch.Tensor
-    W_dec_mD: torch.Tensor
-    b_enc_m: torch.Tensor
-    b_dec_D: torch.Tensor
-    k: int
-    batchwise: bool
-
-
-def problem(args: argparse.Namespace) -> Problem:
-    generator = torch.Generator(args.device).manual_seed(0)
-    dtype = getattr(torch, args.dtype)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, device=args.device, dtype=dtype)
-
-    W_mD = normal(args.d_sae, args.d_in)
-    W_mD /= W_mD.norm(dim=1, keepdim=True)
-    bias = normal(args.d_sae) * 0.1
-    b_dec_D = normal(args.d_in) * 0.1
-    return Problem(normal(args.batch, args.d_in), W_mD, W_mD.clone(), bias, b_dec_D, args.k, args.select == "batchtopk")
-
-
-# ---------------------------------------------------------------------- three steps
-
-
-def slope_of(p: Problem, decoded_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """FVU and its gradient by the reconstruction."""
-    error_BD = decoded_BD + p.b_dec_D - p.x_BD
-    power = (p.x_BD - p.x_BD.mean(0)).float().square().sum()
-    return error_BD.float().square().sum() / power, (error_BD * (2 / power)).to(p.x_BD.dtype)
-
-
-def select(p: Problem, pre_Bm: torch.Tensor) -> triton_selection.Selected:
-    if p.batchwise:
-        n_rows, width = pre_Bm.shape
-        return triton_selection.select_batch_topk(pre_Bm, n_rows * p.k, Shard(0, n_rows, 0, width), Alone())
-    found = triton_selection.select_topk(pre_Bm, p.k, Alone())
-    assert found is not None, "k is too large for the row kernel"
-    return found
-
-
-def our_step(p: Problem, tiles: Tiles = TILES) -> tuple[torch.Tensor, LatentGradients, torch.Tensor]:
-    centred_BD = p.x_BD - p.b_dec_D
-    pre_Bm = torch.addmm(p.b_enc_m, centred_BD, p.W_enc_mD.T)
-    codes = triton_selection.padded_codes(pre_Bm, select(p, pre_Bm))
-    fvu, slope_BD = slope_of(p, triton_kernels.decode(codes, p.W_dec_mD, tiles))
-    grads = triton_kernels.sparse_gradients(codes, p.W_dec_mD, slope_BD, centred_BD, tiles=tiles)
-    by_b_dec = slope_BD.sum(0) - grads.b_enc_m.to(p.W_enc_mD.dtype) @ p.W_enc_mD
-    return fvu, grads, by_b_dec
-
-
-def plain_codes(p: Problem, pre_Bm: torch.Tensor) -> sparse.Codes:
-    """`torch.topk` and `nonzero`, as a trainer without kernels selects."""
-    if p.batchwise:
-        flat_N = pre_Bm.view(-1).topk(len(pre_Bm) * p.k, sorted=False).indices.sort().values
-        rows_N, cols_N = flat_N // pre_Bm.shape[1], flat_N % pre_Bm.shape[1]
-    else:
-        cols_N = pre_Bm.topk(p.k, dim=1, sorted=False).indices.sort(dim=1).values.view(-1)
-        rows_N = torch.arange(len(pre_Bm), device=pre_Bm.device).repeat_interleave(p.k)
-    vals_N = pre_Bm[rows_N, cols_N]
-    live = vals_N > 0
-    rows_N, cols_N, vals_N = rows_N[live], cols_N[live], vals_N[live]
-    by_latent_N = torch.argsort(cols_N, stable=True)
-    starts = [
-        torch.cat([index.new_zeros(1), torch.bincount(index, minlength=size).cumsum(0)])
-        for index, size in ((rows_N, pre_Bm.shape[0]), (cols_N, pre_Bm.shape[1]))
-    ]
-    return sparse.Codes(rows_N, cols_N, vals_N, starts[0], by_latent_N, starts[1])
-
-
-def plain_dots(codes: sparse.Codes, y_BD: torch.Tensor, W_mD: torch.Tensor) -> torch.Tensor:
-    parts = zip(codes.rows_N.split(CHUNK_PAIRS), codes.cols_N.split(CHUNK_PAIRS), strict=True)
-    return torch.cat([(y_BD[rows] * W_mD[cols]).sum(1) for rows, cols in parts])
-
-
-def plain_sum(index_N: torch.Tensor, starts: torch.Tensor, weight_N: torch.Tensor, src: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.embedding_bag(index_N, src, starts[:-1], mode="sum", per_sample_weights=weight_N)
-
-
-def plain_step(p: Problem) -> tuple[torch.Tensor, LatentGradients, torch.Tensor]:
-    centred_BD = p.x_BD - p.b_dec_D
-    codes = plain_codes(p, torch.addmm(p.b_enc_m, centred_BD, p.W_enc_mD.T))
-    fvu, slope_BD = slope_of(p, plain_sum(codes.cols_N, codes.row_start_B1, codes.vals_N, p.W_dec_mD))
-    d_pre_N = plain_dots(codes, slope_BD, p.W_dec_mD)
-    order = codes.by_latent_N
-    rows_N, starts = codes.rows_N[order], codes.latent_start_m1
-    by_W_enc = plain_sum(rows_N, starts, d_pre_N[order], centred_BD)
-    by_W_dec = plain_sum(rows_N, starts, codes.vals_N[order], slope_BD)
-    by_b_enc = torch.zeros_like(p.b_enc_m).index_add_(0, codes.cols_N, d_pre_N)
-    return fvu, LatentGradients(by_W_enc, by_W_dec, by_b_enc), slope_BD.sum(0) - by_b_enc @ p.W_enc_mD
-
-
-def dense_step(p: Problem) -> tuple[torch.Tensor, LatentGradients, torch.Tensor]:
-    """Autograd through [B, d_sae]: two products forward, three backward (none by the inputs)."""
-    leaves = [tensor.detach().requires_grad_() for tensor in (p.W_enc_mD, p.W_dec_mD, p.b_enc_m, p.b_dec_D)]
-    W_enc_mD, W_dec_mD, b_enc_m, b_dec_D = leaves
-    pre_Bm = torch.addmm(b_enc_m, p.x_BD - p.b_dec_D, W_enc_mD.T)
-    with torch.no_grad():
-        codes = plain_codes(p, pre_Bm.detach())
-        mask = torch.zeros_like(pre_Bm, dtype=torch.bool)
-        mask[codes.rows_N, codes.cols_N] = True
-    x_hat_BD = torch.where(mask, pre_Bm, 0) @ W_dec_mD + b_dec_D
-    power = (p.x_BD - p.x_BD.mean(0)).float().square().sum()
-    fvu = (x_hat_BD - p.x_BD).float().square().sum() / power
-    by_W_enc, by_W_dec, by_b_enc, by_b_dec = torch.autograd.grad(fvu, leaves)
-    by_b_dec = by_b_dec - by_b_enc @ p.W_enc_mD
-    return fvu.detach(), LatentGradients(by_W_enc, by_W_dec, by_b_enc), by_b_dec
-
 
 # ---------------------------------------------------------------------- time
 
@@ -175,7 +61,7 @@ def measured_rates(args: argparse.Namespace) -> Rates:
     dtype = getattr(torch, args.dtype)
     a, b = (torch.randn(size, size, device=args.device, dtype=dtype) for _ in range(2))
     product = milliseconds(lambda: a @ b, args.device, args.repeats)
-    source = torch.ones((1 << 16) if args.tiny else (1 << 30), dtype=torch.float32, device=args.device)
+    source = torch.rand((1 << 16) if args.tiny else (1 << 30), device=args.device)
     target = torch.empty_like(source)
     copy = milliseconds(lambda: target.copy_(source), args.device, args.repeats)
     return Rates(2 * size**3 / product, 2 * source.numel() * 4 / copy)
@@ -231,7 +117,7 @@ def kernel_rows(p: Problem, rates: Rates, args: argparse.Namespace) -> list[tupl
         ),
         ("gradients by latent", both, 2 * tokens + 2 * weights, 2 * N * row + 2 * weights),
         ("both in one kernel", fused, 2 * tokens + used * row + 2 * weights, 2 * N * row + used * row + 2 * weights),
-        ("b_dec through W_enc", lambda: d_pre_N.new_zeros(m).to(p.x_BD.dtype) @ p.W_enc_mD, weights, weights),
+        ("b_dec through W_enc", lambda: p.b_enc_m @ p.W_enc_mD, weights, weights),
     ]
     rows = []
     for name, run, once, gathered in work:
@@ -263,7 +149,7 @@ def report(args: argparse.Namespace) -> None:
         "dense, autograd": lambda: dense_step(p),
     }
     if args.device == "cuda":
-        steps["ours, as a CUDA graph"] = as_graph(lambda: our_step(p))
+        steps["ours, as a CUDA graph"] = steps["ours"]
     target = 1.4 * gemm_floor + gradient_floor
     print(f"{'step, without optimiser':28}{'ms':>9}{'to ours':>9}{'GEMM ceiling / step':>21}{'peak GB':>9}")
     ours = None
@@ -272,6 +158,8 @@ def report(args: argparse.Namespace) -> None:
             if args.device == "cuda":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
+            if label.endswith("graph"):
+                run = as_graph(run)
             ms = milliseconds(run, args.device, args.repeats)
             peak = torch.cuda.max_memory_allocated() / 1e9 if args.device == "cuda" else 0.0
         except (RuntimeError, NotImplementedError) as error:
@@ -279,9 +167,8 @@ def report(args: argparse.Namespace) -> None:
             continue
         ours = ours or ms
         print(f"{label:28}{ms:9.2f}{ms / ours:8.2f}x{gemm_floor / ms:20.0%}{peak:9.1f}")
-    print(
-        f"target: 1.4 x {gemm_floor:.2f} (encoder GEMM at the ceiling) + {gradient_floor:.2f} (gradients) = {target:.2f} ms"
-    )
+    print(f"target: 1.4 x {gemm_floor:.2f} (encoder GEMM at the ceiling) + {gradient_floor:.2f} (gradients)", end="")
+    print(f" = {target:.2f} ms")
 
 
 def sweep(args: argparse.Namespace) -> None:
@@ -320,81 +207,70 @@ def sweep(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------- check
 
 
+class Checks:
+    """Comparisons, printed as they are made."""
+
+    def __init__(self) -> None:
+        self.good = True
+
+    def close(self, name: str, found: torch.Tensor, expected: torch.Tensor, limit: float) -> None:
+        error = float((found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30))
+        self.true(f"{name}: relative error {error:.1e} (limit {limit:.0e})", error <= limit)
+
+    def true(self, name: str, holds: bool) -> None:
+        self.good &= holds  # NaN is not <= anything
+        print(f"{'ok  ' if holds else 'FAIL'} {name}")
+
+
 def check(args: argparse.Namespace) -> bool:
     """Every kernel against PyTorch on this device, twice (bitwise equal), and a step without a host sync."""
     small = argparse.Namespace(**vars(args))
-    # Wide enough for selection by groups (d_sae > 2 * k * GROUP), no power of two, one latent on all tokens.
-    small.batch, small.d_sae, small.d_in, small.k = (5, 150, 20, 1) if args.tiny else (500, 20_000, 648, 32)
-    good = True
-
-    def compare(name: str, found: torch.Tensor, expected: torch.Tensor, limit: float) -> None:
-        nonlocal good
-        error = float((found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30))
-        good &= error <= limit
-        print(f"{'ok  ' if error <= limit else 'FAIL'} {name:58} relative error {error:.1e} (limit {limit:.0e})")
-
-    for dtype, limit in (("float32", 1e-5), ("bfloat16", 1e-2)):
-        for how in ("topk", "batchtopk"):
-            small.dtype, small.select = dtype, how
-            p = problem(small)
-            p.b_enc_m[7] += 4
-            centred_BD = p.x_BD - p.b_dec_D
-            pre_Bm = torch.addmm(p.b_enc_m, centred_BD, p.W_enc_mD.T)
-            codes = triton_selection.padded_codes(pre_Bm, select(p, pre_Bm))
-            n_pairs = int(codes.row_start_B1[-1])
-            wanted = plain_codes(p, pre_Bm)
-            # torch.topk breaks ties as it likes: values are compared, and latents through the sums below.
-            by_row = (codes.vals_N[:n_pairs], wanted.vals_N) if p.batchwise else (codes.vals_N, wanted.vals_N)
-            compare(f"{dtype} {how}: selected values", *(v.sort().values for v in by_row), 0)
-            dense = codes._replace(
-                **{name: getattr(codes, name)[:n_pairs] for name in ("rows_N", "cols_N", "vals_N", "by_latent_N")}
-            ).dense()
-            compare(
-                f"{dtype} {how}: decode",
-                triton_kernels.decode(codes, p.W_dec_mD),
-                dense.double() @ p.W_dec_mD.double(),
-                limit,
-            )
-            _, slope_BD = slope_of(p, triton_kernels.decode(codes, p.W_dec_mD))
-            active = dense > 0
-            d_pre = (slope_BD.double() @ p.W_dec_mD.double().T) * active
-            expected = (d_pre.T @ centred_BD.double(), dense.double().T @ slope_BD.double(), d_pre.sum(0))
-            for one_pass in (False, True):
-                tiles = TILES._replace(one_pass=one_pass, long=16)
-                runs = [
-                    triton_kernels.sparse_gradients(codes, p.W_dec_mD, slope_BD, centred_BD, tiles=tiles)
-                    for _ in range(2)
-                ]
-                label = f"{dtype} {how}: {'one kernel' if one_pass else 'two kernels'}"
-                for part, found, right in zip(LatentGradients._fields, runs[0], expected, strict=True):
-                    compare(f"{label}, {part}", found, right, limit)
-                same = all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-                good &= same
-                print(f"{'ok  ' if same else 'FAIL'} {label}, a second run is bitwise equal")
-            fvu, grads, by_b_dec = our_step(p)
-            for part, found, right in zip(
-                ("fvu", *LatentGradients._fields, "b_dec"), (fvu, *grads, by_b_dec), _flat(dense_step(p)), strict=True
-            ):
-                # A tie at the cut that torch.topk broke otherwise is another, equally good step.
-                compare(
-                    f"{dtype} {how}: whole step against dense autograd, {part}",
-                    found,
-                    right,
-                    5 * limit if dtype == "float32" else 0.1,
-                )
-            if args.device == "cuda":
-                torch.cuda.synchronize()
-                torch.cuda.set_sync_debug_mode("error")
-                try:
-                    our_step(p)
-                finally:
-                    torch.cuda.set_sync_debug_mode("default")
-                print(f"ok   {dtype} {how}: no host sync in a step")
-    return good
+    # Wide enough for selection by groups (d_sae > 2 * k * GROUP), no power of two.
+    small.batch, small.d_sae, small.d_in, small.k = (3, 260, 20, 2) if args.tiny else (500, 20_000, 648, 32)
+    checks = Checks()
+    for small.dtype in ("float32", "bfloat16"):
+        for small.select in ("topk", "batchtopk"):
+            check_step(checks, problem(small), f"{small.dtype} {small.select}", args.device)
+    return checks.good
 
 
-def _flat(step: tuple[torch.Tensor, LatentGradients, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    return (step[0], *step[1], step[2])
+def check_step(checks: Checks, p: Problem, name: str, device: str) -> None:
+    limit = 1e-5 if p.x_BD.dtype == torch.float32 else 1e-2
+    p.b_enc_m[7] += 4 * p.W_enc_mD.shape[1] ** 0.5  # one latent fires on all tokens: its sums are split
+    centred_BD = p.x_BD - p.b_dec_D
+    pre_Bm = torch.addmm(p.b_enc_m, centred_BD, p.W_enc_mD.T)
+    codes = triton_selection.padded_codes(pre_Bm, select(p, pre_Bm))
+    n_pairs = int(codes.row_start_B1[-1])
+    trimmed = {part: getattr(codes, part)[:n_pairs] for part in ("rows_N", "cols_N", "vals_N", "by_latent_N")}
+    live = codes._replace(**trimmed)
+    # Which of equal values torch.topk takes is not defined, so values are compared.
+    values = (live.vals_N.sort().values, plain_codes(p, pre_Bm).vals_N.sort().values)
+    checks.true(f"{name}, selected values are torch.topk's", torch.equal(*values))
+    f_Bm, W_dec_mD = live.dense().double(), p.W_dec_mD.double()
+    decoded_BD = triton_kernels.decode(codes, p.W_dec_mD)
+    checks.close(f"{name}, decode", decoded_BD, f_Bm @ W_dec_mD, limit)
+    slope_BD = slope_of(p, decoded_BD)[1]
+    d_pre_Bm = (slope_BD.double() @ W_dec_mD.T) * (f_Bm > 0)
+    expected = (d_pre_Bm.T @ centred_BD.double(), f_Bm.T @ slope_BD.double(), d_pre_Bm.sum(0))
+    for one_pass in (False, True):
+        tiles = TILES._replace(one_pass=one_pass, long=16)
+        runs = [triton_kernels.sparse_gradients(codes, p.W_dec_mD, slope_BD, centred_BD, tiles=tiles) for _ in range(2)]
+        label = f"{name}, gradients in {'one kernel' if one_pass else 'two kernels'}"
+        for part, found, right in zip(LatentGradients._fields, runs[0], expected, strict=True):
+            checks.close(f"{label}, {part}", found, right, limit)
+        same = all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+        checks.true(f"{label}, bitwise equal a second time", same)
+    steps = [(fvu, *grads, by_b_dec) for fvu, grads, by_b_dec in (our_step(p), dense_step(p, live))]
+    for part, found, right in zip(("FVU", *LatentGradients._fields, "b_dec_D"), *steps, strict=True):
+        checks.close(f"{name}, step against dense autograd, {part}", found, right, 10 * limit)
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            our_step(p)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        checks.true(f"{name}, a step never waits for the GPU", True)
 
 
 def main() -> None:
@@ -418,7 +294,7 @@ def main() -> None:
     if not triton_kernels.available():
         sys.exit("trainer_gpu.py: triton is not installed.")
     if args.tiny:
-        args.d_in, args.d_sae, args.k, args.batch, args.repeats = 24, 150, 1, 4, 1
+        args.d_in, args.d_sae, args.k, args.batch, args.repeats = 24, 260, 2, 3, 1
     if args.check and not check(args):
         sys.exit("trainer_gpu.py: a kernel differs from its PyTorch form; see FAIL above.")
     report(args)

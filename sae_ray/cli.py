@@ -38,8 +38,9 @@ def train(
 ) -> None:
     """Run the whole loop, or resume it: the same run name continues from its last checkpoint."""
     run = load_config(config, overrides)
-    from sae_ray.preflight import check_checkpoint, check_resumable, preflight, remove_run
+    from sae_ray.preflight import check_checkpoint, check_checkpoint_dir, check_resumable, preflight, remove_run
 
+    check_checkpoint_dir(run)
     if fresh:
         remove_run(run)
     check_resumable(run)

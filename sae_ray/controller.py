@@ -259,6 +259,10 @@ class Controller:
         self.log.event("resume", step=step, generation=self.generation)
         if self.generation == 0:
             self.progress.say(f"resuming at step {step} of {self.config.total_steps}, from {path}")
+            if self.log.is_new:
+                self.progress.say(
+                    f"{self.config.run_dir} is new: metrics and verdicts of the steps before that were in the old one"
+                )
 
     def _wait_first_window(self) -> None:
         deadline = Deadline(

@@ -11,7 +11,7 @@ import yaml
 from sae_ray.config import RunConfig
 from sae_ray.errors import UserError
 from sae_ray.session import check_address
-from sae_ray.storage import ensure_writable, probe
+from sae_ray.storage import ensure_writable, is_s3, probe
 
 HASHED_BYTES = 2 << 30
 
@@ -37,14 +37,22 @@ def preflight(config: RunConfig) -> None:
     """
     ensure_writable(config.run_dir)
     check_address(config.ray)
-    if config.trainer.checkpoint_dir is not None:
-        probe(config.trainer.checkpoint_dir, "trainer.checkpoint_dir")
     from sae_ray.embedded import resolve_model
 
     check_sources(config)
     check_init_from(config)
     if (config.rlaif.enabled or config.evaluation.latents) and config.judge.app is None:
         resolve_model(config.judge.model, "judge.model")
+
+
+def check_checkpoint_dir(config: RunConfig) -> None:
+    """Proves that checkpoints can be written, before anything asks what is there already.
+
+    Raises:
+        UserError: trainer.checkpoint_dir cannot be written; names the place and what to do.
+    """
+    if config.trainer.checkpoint_dir is not None:
+        probe(config.trainer.checkpoint_dir, "trainer.checkpoint_dir")
 
 
 def check_sources(config: RunConfig) -> None:
@@ -101,7 +109,7 @@ def check_checkpoint(config: RunConfig) -> None:
     from sae_ray.trainer import checkpoint
 
     path = checkpoint.latest(checkpoint.home(config))
-    if path is not None:
+    if path is not None and not is_s3(path):  # what S3 holds was checked as it was written
         checkpoint.check_whole(path, HASHED_BYTES)
 
 

@@ -34,17 +34,11 @@ def run_training(config: RunConfig, verbose: bool = False) -> None:
         console.print(f"{config.name}: is complete; --fresh trains it again", soft_wrap=True)
         print_results(config, console)
         return
-    folder_is_new = not (config.run_dir / "config.yaml").exists()
     (config.run_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     log = RunLog(config.run_dir, done)
     progress = Progress(config.name, status, console, log)
     try:
         with Interrupt() as interrupt, progress, ray_session(config.ray, verbose):
-            if done and folder_is_new:
-                progress.say(
-                    f"{config.run_dir} is new, but {folder} holds step {done}: the run goes on from there; "
-                    "metrics and verdicts of earlier steps were in the old run folder"
-                )
             controller = Controller(config, status, progress, log, interrupt)
             try:
                 controller.run()

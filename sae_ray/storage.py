@@ -126,7 +126,12 @@ class LocalStorage:
         return self.path(key).exists()
 
     def folders(self) -> list[str]:
-        return sorted(p.name for p in self.root.iterdir() if p.is_dir()) if self.root.is_dir() else []
+        try:
+            return sorted(p.name for p in self.root.iterdir() if p.is_dir())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise UserError(f"{self.root}: cannot be listed: {error.strerror}") from error
 
     def list(self, prefix: str = "") -> list[str]:
         base = self.path(prefix)
@@ -137,10 +142,15 @@ class LocalStorage:
 
     def delete(self, key: str) -> None:
         path = self.path(key)
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        try:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError as error:
+            raise UserError(f"{path}: cannot be removed: {error.strerror}") from error
 
 
 def _replace(path: Path, parts: Iterable[bytes | memoryview]) -> str:

@@ -30,6 +30,7 @@ class RunLog:
         from torch.utils.tensorboard.writer import SummaryWriter
 
         self._metrics_path = run_dir / "metrics.jsonl"
+        self.is_new = not self._metrics_path.exists()
         self._metrics = self._metrics_path.open("a", encoding="utf-8")
         self._events = (run_dir / "events.jsonl").open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_at + 1 if resume_at else None)

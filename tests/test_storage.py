@@ -15,9 +15,11 @@ from pathlib import Path
 
 import boto3
 import pytest
+import ray
+import yaml
 from s3_server import BUCKET, S3Server
 
-from sae_ray import s3
+from sae_ray import cli, s3
 from sae_ray.errors import UserError
 from sae_ray.storage import LocalStorage, Storage, ensure_writable, join, open_storage, probe
 
@@ -212,6 +214,81 @@ def test_a_write_that_the_policy_denies_says_which_rights_are_needed(server, on_
             probe(on_s3, "trainer.checkpoint_dir")
     finally:
         enforce_policies(server, after=1_000_000)
+
+
+# -- the command line ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_cli(tmp_path, monkeypatch, capsys):
+    """Runs `sae-ray` in this process with a small config; returns (exit code, stderr). No cluster may start."""
+    monkeypatch.setattr(ray, "init", lambda *args, **kwargs: pytest.fail("a cluster was started"))
+
+    def run(command: str, *options: str, **sections: object) -> tuple[int, str]:
+        path = tmp_path / "run.yaml"
+        base = {"name": "run", "runs_dir": str(tmp_path / "runs"), "hook": {"layer": 2}, "rlaif": {"enabled": False}}
+        path.write_text(yaml.safe_dump({**base, **sections}))
+        monkeypatch.setattr(sys, "argv", ["sae-ray", command, str(path), *options])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return int(stop.value.code or 0), capsys.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("location", "said"),
+    [
+        ("s3://no-such-bucket/run", "there is no such bucket; create it"),
+        (__file__ + "/run", "Not a directory"),
+    ],
+)
+def test_a_checkpoint_dir_that_cannot_be_written_is_one_line_before_a_cluster(run_cli, on_s3, location, said):
+    code, err = run_cli("train", trainer={"checkpoint_dir": location})
+    assert code == 2
+    assert err.startswith(f"sae-ray: trainer.checkpoint_dir = {location}: ")
+    assert said in err
+    assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("train", "--set", "activations.store=s3://runs/none"), "s3://runs/none: holds no activation store"),
+        (("store", "--to", "s3://no-such-bucket/x"), "--to = s3://no-such-bucket/x"),
+        (("store", "--to", "x", "--split", "test"), "--split test: allowed: train, evidence, heldout"),
+    ],
+)
+def test_a_store_that_cannot_be_used_is_one_line_before_a_cluster(run_cli, on_s3, options, said):
+    code, err = run_cli(*options)
+    assert code == 2
+    assert said in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def committed(location: str, config: dict[str, object]) -> None:
+    """A commit of one step of some run at `location`."""
+    manifest = {"format": 1, "step": 5, "pin": None, "files": {}, "config": config}
+    open_storage(location).write("step-5/manifest.json", json.dumps(manifest).encode())
+
+
+def test_another_runs_checkpoints_are_neither_resumed_nor_removed(run_cli, on_s3):
+    committed(on_s3, {"name": "other", "hook": {"layer": 2}, "rlaif": {"enabled": False}})
+    code, err = run_cli("train", trainer={"checkpoint_dir": on_s3})
+    assert code == 2
+    assert f"{on_s3}: holds a run with other settings (name was 'other', is 'run')" in err
+    code, err = run_cli("train", "--fresh", trainer={"checkpoint_dir": on_s3})
+    assert code == 2
+    assert f"{on_s3}/step-5 is a checkpoint of the run 'other'; not removed" in err
+    assert open_storage(on_s3).list() == ["step-5/manifest.json"]
+
+
+def test_fresh_removes_the_runs_own_checkpoints_and_nothing_else(run_cli, on_s3):
+    committed(on_s3, {"name": "run", "hook": {"layer": 2}, "rlaif": {"enabled": False}})
+    open_storage(on_s3).write("notes.txt", b"mine")
+    code, err = run_cli("train", "--fresh", "--check", trainer={"checkpoint_dir": on_s3})
+    assert code == 0, err
+    assert open_storage(on_s3).list() == ["notes.txt"]
 
 
 def deny_writes(server: S3Server) -> dict[str, str]:

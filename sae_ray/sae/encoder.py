@@ -94,7 +94,9 @@ class Encoder(NamedTuple):
             return pairs
         from sae_ray.sae.sparse import Codes, dot_pairs  # which needs `Pairs` from here
 
-        pattern = Codes.from_pairs(pairs, len(self.centred_BD), len(self.b_m))
+        pattern = Codes.from_pairs(
+            pairs._replace(vals_N=pairs.vals_N.to(self.W_mD.dtype)), len(self.centred_BD), len(self.b_m)
+        )
         vals_N = dot_pairs(pattern, self.centred_BD, self.W_mD) + self.b_m[pairs.cols_N]
         keep_N = vals_N > 0
         return Pairs(pairs.rows_N[keep_N], pairs.cols_N[keep_N], vals_N[keep_N])

@@ -61,7 +61,8 @@ def usable(*tensors: torch.Tensor) -> bool:
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """The one place where kernels start; a grid of nothing is not started."""
     if all(grid):
-        kernel[grid](*args, **constants)
+        with torch.cuda.device_of(args[0]):  # triton launches on the current device, wherever the tensors are
+            kernel[grid](*args, **constants)
 
 
 def decode(codes: Codes, W_dec_mD: torch.Tensor, tiles: Tiles = TILES) -> torch.Tensor:

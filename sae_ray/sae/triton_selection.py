@@ -19,7 +19,7 @@ import torch
 
 from sae_ray.sae.selection import SelectionCollectives, Shard
 from sae_ray.sae.sparse import Codes
-from sae_ray.sae.triton_kernels import launch
+from sae_ray.sae.triton_kernels import dot_pairs, launch
 
 LOW_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}  # always zero after widening to float32
 GROUP = 64
@@ -49,6 +49,14 @@ def padded_codes(pre_Bm: torch.Tensor, selected: Selected) -> Codes:
     keys_N, by_latent_N = torch.sort(torch.where(live_N, selected.cols_N, n_latents), stable=True)
     latent_start_m1 = torch.searchsorted(keys_N, torch.arange(n_latents + 1, device=device))
     return Codes(selected.rows_N, selected.cols_N, vals_N, selected.row_start_B1, by_latent_N, latent_start_m1)
+
+
+def exact_codes(codes: Codes, centred_BD: torch.Tensor, W_enc_mD: torch.Tensor, b_enc_m: torch.Tensor) -> Codes:
+    """The same pairs with values recomputed in the parameters' type, after a selection in bfloat16. A value that is
+    then not positive becomes 0; it stays in the lists, since dropping it would need its count on the host."""
+    pre_N = dot_pairs(codes, centred_BD, W_enc_mD, W_enc_mD.dtype) + b_enc_m[codes.cols_N]
+    live_N = torch.arange(len(pre_N), device=pre_N.device) < codes.row_start_B1[-1]
+    return codes._replace(vals_N=torch.where(live_N, pre_N.clamp(min=0), 0))
 
 
 # ---------------------------------------------------------------------- per token
@@ -145,6 +153,8 @@ def select_batch_topk(
 
     pre_Bm = _contiguous(pre_Bm)
     n_rows, width = pre_Bm.shape
+    if n_keep * GROUP >= 1 << 31:
+        raise ValueError(f"select_batch_topk keeps at most {(1 << 31) // GROUP - 1} pairs, not {n_keep}")
     maxima_BG = _group_maxima(jit, pre_Bm, GROUP, bias_m)
     n_groups = maxima_BG.shape[1]
     flat = (n_rows * n_groups, n_groups)
@@ -236,7 +246,7 @@ def _radix_select(
     slots = count * GROUP if candidates else count
     programs = max(1, -(-slots // (BLOCK * HISTOGRAM_BLOCKS)))
     state = torch.zeros(2, dtype=torch.int64, device=values.device)
-    state[1] = n_keep
+    state[1:].fill_(n_keep)  # `state[1] = n_keep` would copy from the host
     partial = torch.empty(programs, 256, dtype=torch.int32, device=values.device)
     chosen = candidates[0][-1:] if candidates else state
     row_C, group_C = candidates[1:] if candidates else (state, state)

@@ -119,7 +119,7 @@ class TrainerRank:
             else:
                 d_out = None if spec.hook_out is None else trainer.d_out
                 start = check_fits(import_sae(spec.sae.init_from), spec.sae, trainer.d_in, d_out)
-                trainer.load_weights(start, acts[spec.hook.name])
+                trainer.load_weights(start, acts[spec.hook.name], target_TO)
         return {"input_scale": self.copies["main"].input_scale}
 
     # ----------------------------------------------------------------------------- training

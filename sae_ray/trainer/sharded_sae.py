@@ -39,7 +39,7 @@ from sae_ray.trainer.schedule import active_latents, decays, learning_rate, spar
 from sae_ray.trainer.warm_start import warm_start
 
 THRESHOLD_MEMORY = 0.95  # per step, of the running threshold: longer lags behind while the weights still move
-PRICE_RATE, PRICE_PULL = 0.02, 1.0  # of jumprelu's L0 constraint: how its multiplier moves, and its square's weight
+PRICE_RATE, PRICE_PULL = 0.05, 3.0  # of jumprelu's L0 constraint: how its multiplier moves, and its square's weight
 METRICS = ("fvu", "aux", "penalty", "l0", "threshold", "credit_loss", "grad_norm", "loss")
 
 

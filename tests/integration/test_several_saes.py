@@ -17,7 +17,7 @@ from runs import TINY, train, write_config
 
 from sae_ray.activations.block import Block
 from sae_ray.activations.producer import ActivationProducer
-from sae_ray.config import RunConfig
+from sae_ray.config import RunConfig, load_config
 from sae_ray.errors import UserError
 from sae_ray.evaluation.evaluator import find_variants
 from sae_ray.sae.formats import import_sae
@@ -162,12 +162,13 @@ def test_a_number_that_is_not_finite_names_block_and_hook_point_and_trains_no_sa
 
 
 def test_a_sweep_commits_evaluates_exports_and_reports_every_sae(tmp_path):
-    config = write_config(tmp_path, name="sweep", trainer={"steps": 24}, saes=VARIANTS)
+    one = {"activations": {"producers": 1}, "evaluation": {"blocks": 1}}
+    config = write_config(tmp_path, name="sweep", trainer={"steps": 16}, saes=VARIANTS, **one)
     printed = train(config)
     folder = tmp_path / "runs" / "sweep"
     rows = read_jsonl(folder / "metrics.jsonl")
     names = ["early", "mlp", "across"]
-    assert [row["step"] for row in rows] == list(range(1, 25))
+    assert [row["step"] for row in rows] == list(range(1, 17))
     core = json.loads((folder / "evaluation.json").read_text())["core"]
     assert list(core) == ["before", *names]
     for name in names:
@@ -178,7 +179,7 @@ def test_a_sweep_commits_evaluates_exports_and_reports_every_sae(tmp_path):
     assert core["across"]["hook_out"] == core["mlp"]["hook"] == "blocks.2.hook_mlp_out"
     assert core["across"]["ce_mean_ablation"] == core["mlp"]["ce_mean_ablation"] != core["early"]["ce_mean_ablation"]
     # Two shards each, of different sizes, joined to what was exported.
-    found = find_variants(RunConfig.model_validate({**_read(config), "runs_dir": str(tmp_path / "runs")}))
+    found = find_variants(load_config(config))
     assert {name: sae.d_sae for name, sae in found.items()} == {"early": 384, "mlp": 256, "across": 320}
     x_TD = torch.randn(9, WIDTH)
     for name, sae in found.items():
@@ -187,9 +188,3 @@ def test_a_sweep_commits_evaluates_exports_and_reports_every_sae(tmp_path):
     page = (folder / "report.html").read_text()
     assert "FVU of every SAE" in page
     assert "blocks.2.mlp.hook_in → blocks.2.hook_mlp_out" in page
-
-
-def _read(config: Path) -> dict[str, Any]:
-    import yaml
-
-    return yaml.safe_load(config.read_text())

@@ -242,6 +242,20 @@ def test_a_foreign_batchtopk_is_told_from_a_jumprelu_by_saelens_metadata(tmp_pat
     torch.testing.assert_close(found.encode(raw), sae.encode(raw), rtol=1e-5, atol=1e-5)
 
 
+def test_what_saelens_trainers_save_is_read(tmp_path):
+    eye, raw = torch.eye(3), torch.tensor([[0.7, 0.69, 0.71]])
+    cfg = {"d_in": 3, "d_sae": 3, "metadata": {"sae_lens_version": "6.54.12"}}
+    w = {"W_enc": eye, "W_dec": eye.clone(), "b_enc": torch.zeros(3), "b_dec": torch.zeros(3)}
+    for kind, extra, active in (
+        ("batchtopk", {"topk_threshold": torch.tensor(0.7).double()}, [False, False, True]),
+        ("matryoshka_batchtopk", {"topk_threshold": torch.tensor(0.0).double()}, [True, True, True]),
+        ("jumprelu", {"log_threshold": torch.tensor([0.71, 0.68, 0.7]).log()}, [False, True, True]),
+    ):
+        (tmp_path / "cfg.json").write_text(json.dumps(cfg | {"architecture": kind, "k": 1.5}))
+        save_file(w | extra, tmp_path / "sae_weights.safetensors")
+        assert (import_sae(tmp_path).encode(raw) > 0).tolist() == [active], kind
+
+
 def test_thresholds_that_someone_tuned_stay_a_jumprelu(tmp_path):
     folder = export(small_sae("batchtopk"), tmp_path)
     w = load_file(folder / "sae_weights.safetensors")

@@ -151,6 +151,16 @@ def test_nothing_is_unpickled(how, folder):
     assert not Payload.ran
 
 
+@pytest.mark.parametrize("name", ["input_scale", "output_scale", "activation_factor"])
+@pytest.mark.parametrize("value", [0, -1.5, float("nan")])
+def test_a_scale_that_is_none_is_refused(name, value, folder):
+    home = folder("sparsify")
+    notes = json.loads((home / "sae_ray.json").read_text())
+    (home / "sae_ray.json").write_text(json.dumps({"sae_ray": {**notes["sae_ray"], name: value}}))
+    with pytest.raises(UserError, match=rf"sae_ray\.json: sae_ray\.{name} is .*; a scale is positive"):
+        import_sae(home)
+
+
 def test_a_folder_without_an_sae_says_what_was_looked_for(tmp_path):
     with pytest.raises(UserError, match=r"holds no sae_weights\.safetensors \(saelens\), sae\.safetensors"):
         import_sae(tmp_path)

@@ -137,7 +137,7 @@ class ReferenceSAE:
             k = self.sae.k
             error = 0.0 if self.last_l0 is None else min(1.0, max(-1.0, (self.last_l0 - k) / k))
             active = Step.apply(pre_BM, self.p["theta"], self.sae.bandwidth).sum()
-            out["total"] = out["total"] + (self.multiplier + error) / (n * k) * active
+            out["total"] = out["total"] + (self.multiplier + 3 * error) / (n * k) * active
         return out, f_BM.detach(), cut
 
     def aux_k(self, error: torch.Tensor, pre_BM: torch.Tensor) -> torch.Tensor:
@@ -178,7 +178,7 @@ class ReferenceSAE:
                 self.p["theta"].clamp_(min=0)
         active = f_BM > 0
         self.last_l0 = float(active.sum()) / len(x_BD)
-        self.multiplier += 0.02 * min(1.0, max(-1.0, (self.last_l0 - self.sae.k) / self.sae.k))
+        self.multiplier += 0.05 * min(1.0, max(-1.0, (self.last_l0 - self.sae.k) / self.sae.k))
         self.threshold = 0.95 * self.threshold + 0.05 * cut if self.steps else cut
         self.steps += 1
         self.silent += len(x_BD)

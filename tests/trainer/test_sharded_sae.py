@@ -60,3 +60,103 @@ def free_port() -> int:
 def test_every_mesh_equals_the_float64_reference_to_1e_10_over_20_steps(world, meshes, monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     mp.spawn(rank_process, (world, meshes, free_port()), nprocs=world)
+
+
+def test_float32_agrees_between_meshes_to_rounding():
+    alone = sharded_run_float32(Mesh.alone())
+    assert alone.W_enc_mD.dtype == torch.float32
+    reference = sharded_run(Mesh.alone(), "batchtopk", steps=6)
+    torch.testing.assert_close(alone.W_enc_mD.double(), reference.W_enc_mD, rtol=0, atol=1e-4)
+
+
+def sharded_run_float32(mesh: Mesh) -> ShardedTrainer:
+    sae, cfg = configs("batchtopk")
+    trainer = ShardedTrainer(sae, cfg.model_copy(update={"dtype": "float32"}), D_IN, SEED, Collectives(mesh))
+    trainer.initialise(batches(1)[0])
+    for raw in batches(6):
+        low, high = mesh.rows(len(raw))
+        trainer.step(raw[low:high].float(), len(raw))
+    return trainer
+
+
+def bytes_process(rank: int, world: int, port: int, counts) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    mesh = Mesh.connect(2, 2)
+    for architecture in ("topk", "batchtopk", "matryoshka", "jumprelu"):
+        sent = []
+        for d_sae in (64, 512):
+            sae = SAEConfig(architecture=architecture, d_sae=d_sae, k=4, aux_k=0)
+            trainer = ShardedTrainer(sae, TrainerConfig(tp=2, dp=2, log_every=100), D_IN, SEED, Collectives(mesh))
+            raw = batches(1)[0]
+            low, high = mesh.rows(len(raw))
+            trainer.initialise(raw)
+            trainer.collectives.bytes.clear()
+            trainer.step(raw[low:high].float(), len(raw))
+            pairs = (trainer.collectives.bytes.pop("gather_dp", 0), trainer.collectives.bytes.pop("gather_mesh", 0))
+            sent.append((dict(trainer.collectives.bytes), sum(pairs)))
+        counts[architecture, rank] = sent
+    dist.destroy_process_group()
+
+
+def test_the_bytes_of_a_step_do_not_grow_with_d_sae(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    with mp.Manager() as manager:
+        counts = manager.dict()
+        mp.spawn(bytes_process, (4, free_port(), counts), nprocs=4)
+        found = dict(counts)
+    for (architecture, _), ((small, small_pairs), (large, large_pairs)) in found.items():
+        assert small == large, architecture
+        assert small["sum_tp"] > 0
+        # The pairs of a shard are about k per token whatever d_sae is, but not to the byte.
+        assert large_pairs < 1.5 * small_pairs, architecture
+
+
+def test_a_collective_is_counted_whatever_its_kind():
+    trainer = ShardedTrainer(*configs("batchtopk"), D_IN, SEED, Collectives(Mesh.alone()))
+    trainer.initialise(batches(1)[0])
+    trainer.step(batches(1)[0], BATCH)
+    assert not trainer.collectives.bytes  # nothing is sent where there is nobody to send to
+
+
+def test_decoder_rows_stay_unit_vectors():
+    norms = sharded_run(Mesh.alone(), "topk", credit=True).W_dec_mD.norm(dim=1)
+    torch.testing.assert_close(norms, torch.ones_like(norms), rtol=0, atol=1e-12)
+
+
+def test_a_fork_trains_like_its_origin_and_apart_from_it():
+    for name in ("batchtopk", "jumprelu", "gated", "transcoder-topk"):
+        trainer = sharded_run(Mesh.alone(), name, steps=12)
+        twin = trainer.fork()
+        before = trainer.W_enc_mD.clone()
+        target = target_of(batches()[0]) if CASES[name][2] else None
+        twin.step(batches()[0], BATCH, target_bO=target)
+        assert torch.equal(trainer.W_enc_mD, before)
+        trainer.step(batches()[0], BATCH, target_bO=target)
+        for key, tensor in trainer.state().items():
+            assert torch.equal(tensor, twin.state()[key]), (name, key)
+
+
+def test_inference_does_not_depend_on_the_other_tokens():
+    for name in ("batchtopk", "topk", "jumprelu", "gated", "relu-l1", "topk-margin"):
+        trainer = sharded_run(Mesh.alone(), name, steps=12)
+        tokens = batches()[5]
+        together, first = trainer.encode(tokens).dense(), trainer.encode(tokens[:7]).dense()
+        torch.testing.assert_close(together[:7], first)
+        assert together.count_nonzero() > 0
+
+
+def test_shares_are_near_equal_and_cover_everything():
+    for total in range(9):
+        bounds = [share(total, 4, i) for i in range(4)]
+        assert [low for low, _ in bounds] == [0] + [high for _, high in bounds[:-1]]
+        assert bounds[-1][1] == total
+        sizes = [high - low for low, high in bounds]
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_starting_twice_gives_the_same_weights():
+    for name in ("jumprelu", "transcoder-gated"):
+        first, second = start(Mesh.alone(), name), start(Mesh.alone(), name)
+        for key, tensor in first.state().items():
+            assert torch.equal(tensor, second.state()[key]), (name, key)

@@ -116,8 +116,8 @@ def restored(sae: TrainedSAE, notes: Any, file: Path) -> TrainedSAE:
         input_norm, threshold = str(notes["input_norm"]), float(notes["threshold"] or 0)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file}: its {KEY!r} notes cannot be read: {error!r}") from error
-    for name, value in (("input_scale", scale), ("output_scale", output_scale or 1), ("activation_factor", factor)):
-        if not (math.isfinite(value) and value > 0):
+    for name, value in (("input_scale", scale), ("output_scale", output_scale), ("activation_factor", factor)):
+        if value is not None and not (math.isfinite(value) and value > 0):
             raise UserError(f"{file}: {KEY}.{name} is {value}; a scale is positive")
     sae = as_trained(sae, trained)
     if sae.architecture != "topk":
