@@ -86,9 +86,7 @@ def main() -> None:
         stream.stop()
     median = {name: statistics.median(values) for name, values in rates.items()}
     hooks = ", ".join(hook.name for hook in config.hooks)
-    table = Table(
-        title=f"{n} producers, {hooks}, {config.model.name}, {blocks} blocks, {args.rounds} rounds"
-    )
+    table = Table(title=f"{n} producers, {hooks}, {config.model.name}, {blocks} blocks, {args.rounds} rounds")
     for column in ("side", "tokens/s (median)", "all rounds", "ratio"):
         table.add_column(column)
     for name, values in rates.items():

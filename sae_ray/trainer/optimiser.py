@@ -37,11 +37,10 @@ class Signum(torch.optim.Optimizer):
 
 
 class Optimiser:
-    """Steps named parameters. `lr_factors` multiplies the learning rate of some of them."""
+    """Steps named parameters. `fixed_lr` gives some of them a learning rate of their own that no schedule changes."""
 
-    def __init__(self, cfg: TrainerConfig, parameters: dict[str, torch.Tensor], lr_factors: dict[str, float]):
-        self.cfg, self.parameters = cfg, parameters
-        self.factors = {name: lr_factors.get(name, 1.0) for name in parameters}
+    def __init__(self, cfg: TrainerConfig, parameters: dict[str, torch.Tensor], fixed_lr: dict[str, float]):
+        self.cfg, self.parameters, self.fixed_lr = cfg, parameters, fixed_lr
         self.torch = _build(cfg, [{"params": [p], "lr": cfg.lr} for p in parameters.values()])
         compiled: Callable[[Callable], Callable] = torch.compile if cfg.compile else lambda function: function
         self._renormalise = compiled(renormalise)
@@ -57,7 +56,7 @@ class Optimiser:
         if fused:
             self.torch.grad_scale = None if clip is None else (1 / clip).float()
         for group, name in zip(self.torch.param_groups, self.parameters, strict=True):
-            group["lr"] = lr * self.factors[name]
+            group["lr"] = self.fixed_lr.get(name, lr)
         self.torch.step()
         self.torch.zero_grad(set_to_none=True)
 

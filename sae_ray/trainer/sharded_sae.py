@@ -48,7 +48,7 @@ class CreditParams(NamedTuple):
 
     W_enc_mD: torch.Tensor
     b_enc_m: torch.Tensor
-    b_dec_D: torch.Tensor
+    b_dec_D: torch.Tensor  # what the encoder subtracts: zeros where that is nothing
     first_latent: int
     step: int
 
@@ -98,7 +98,8 @@ class ShardedTrainer:
         self.silent_m = torch.zeros(m, dtype=torch.int64, device=device)  # tokens since the latent last fired
         self.dead_m = torch.zeros(m, dtype=torch.bool, device=device)
         self.n_dead = 0  # of all shards
-        self.optimiser = Optimiser(trainer, self.parameters(), {"theta": sae.threshold_lr})
+        # What steers L0 must not slow down when the learning rate does.
+        self.optimiser = Optimiser(trainer, self.parameters(), {"theta": sae.threshold_lr * trainer.lr})
         self._workspace = Workspace()
         self._logged: list[tuple[int, float, float, float, torch.Tensor]] = []
         self._clock = [0.0, 0]  # seconds and steps since the last log
@@ -249,8 +250,9 @@ class ShardedTrainer:
         with torch.enable_grad():
             W_enc_mD = self.W_enc_mD.detach().requires_grad_()
             b_enc_m = self.b_enc_m.detach().requires_grad_()
-            params = CreditParams(W_enc_mD, b_enc_m, self.b_dec_D, self.first_latent, self.steps_done)
-            loss = credit.loss(x_bD, params, self.threshold)
+            centre_D = self.b_dec_D if self.subtract_b_dec else torch.zeros_like(x_bD[0])
+            params = CreditParams(W_enc_mD, b_enc_m, centre_D, self.first_latent, self.steps_done)
+            loss = credit.loss(x_bD, params, self.own["theta"] if "theta" in self.own else self.threshold)
             by_W, by_b = (None, None)
             if loss is not None:
                 by_W, by_b = torch.autograd.grad(loss, (W_enc_mD, b_enc_m), allow_unused=True)

@@ -24,7 +24,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "matryoshka": ({"architecture": "matryoshka", "groups": [0.2, 0.5, 1.0]}, {}, False),
     "jumprelu": ({"architecture": "jumprelu", "threshold_lr": 3}, {}, False),
     "jumprelu-hoyer": (
-        {"architecture": "jumprelu", "sparsity": "hoyer", "sparsity_coef": 0.01, "aux_k": 0},
+        {"architecture": "jumprelu", "threshold_lr": 3, "sparsity": "hoyer", "sparsity_coef": 0.01, "aux_k": 0},
         {"grad_clip": 0},
         False,
     ),

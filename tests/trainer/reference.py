@@ -71,11 +71,13 @@ def penalty(kind: str, p: float, f_BM: torch.Tensor) -> torch.Tensor:
 class ReferenceSAE:
     """`weights`: what the trainer starts from, by its parameter names."""
 
-    def __init__(self, sae: SAEConfig, cfg: TrainerConfig, weights: dict[str, torch.Tensor], scales=(1.0, 1.0), centred=True):
+    def __init__(
+        self, sae: SAEConfig, cfg: TrainerConfig, weights: dict[str, torch.Tensor], scales=(1.0, 1.0), centred=True
+    ):
         self.sae, self.cfg, self.scales, self.centred, self.steps = sae, cfg, scales, centred, 0
         self.p = {name: tensor.clone().requires_grad_() for name, tensor in weights.items()}
-        factors = {"theta": sae.threshold_lr}
-        groups = [{"params": [p], "factor": factors.get(name, 1)} for name, p in self.p.items()]
+        self.fixed_lr = {"theta": sae.threshold_lr * cfg.lr}
+        groups = [{"params": [p], "name": name} for name, p in self.p.items()]
         if cfg.optimizer == "adamw":
             self.adam = torch.optim.AdamW(groups, lr=0, betas=cfg.betas, weight_decay=cfg.weight_decay, foreach=False)
         else:
@@ -169,7 +171,7 @@ class ReferenceSAE:
             for p in self.p.values():
                 p.grad *= min(1.0, float(self.cfg.grad_clip / (norm + 1e-6))) if self.cfg.grad_clip else 1
         for group in self.adam.param_groups:
-            group["lr"] = learning_rate(self.steps, self.cfg) * group["factor"]
+            group["lr"] = self.fixed_lr.get(group["name"], learning_rate(self.steps, self.cfg))
         self.adam.step()
         with torch.no_grad():
             if self.sae.decoder_norm == "unit":

@@ -24,7 +24,9 @@ def assert_equals_reference(trainer: ShardedTrainer, name: str, credit: bool) ->
     state = trainer.state()
     for key, expected in reference.state().items():
         expected = expected if key.endswith("b_dec") else expected[rows]
-        torch.testing.assert_close(state[key], expected, rtol=1e-10, atol=1e-11, msg=lambda m, n=key: f"{name} {n}: {m}")
+        torch.testing.assert_close(
+            state[key], expected, rtol=1e-10, atol=1e-11, msg=lambda m, n=key: f"{name} {n}: {m}"
+        )
     for found, row in zip(trainer.read_metrics(), reference.metrics, strict=True):
         for key, value in row.items():
             # The running threshold is float32.
@@ -160,3 +162,36 @@ def test_starting_twice_gives_the_same_weights():
         first, second = start(Mesh.alone(), name), start(Mesh.alone(), name)
         for key, tensor in first.state().items():
             assert torch.equal(tensor, second.state()[key]), (name, key)
+
+
+def resampled(mesh: Mesh, name: str) -> ShardedTrainer:
+    """Six steps with five latents killed at the start, which the fourth step restarts."""
+    sae, cfg = configs(name)
+    sae = sae.model_copy(update={"resample_every": 4, "dead_after_tokens": 3 * BATCH})
+    trainer = ShardedTrainer(sae, cfg, D_IN, SEED, Collectives(mesh), 9 if CASES[name][2] else None)
+    data = batches(6)
+    trainer.initialise(data[0], target_of(data[0]) if CASES[name][2] else None)
+    for latent in (1, 20, 25, 30, 47):
+        if trainer.first_latent <= latent < trainer.last_latent:
+            trainer.b_enc_m[latent - trainer.first_latent] = -100
+    for raw in data:
+        low, high = mesh.rows(len(raw))
+        trainer.step(raw[low:high], len(raw), None, target_of(raw[low:high]) if CASES[name][2] else None)
+    return trainer
+
+
+def resampling_process(rank: int, world: int, port: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    for name in ("batchtopk", "gated", "transcoder-topk"):
+        alone, sharded = resampled(Mesh.alone(), name), resampled(Mesh.connect(2, 2), name)
+        rows = slice(sharded.first_latent, sharded.last_latent)
+        assert float(alone.b_enc_m.min()) > -50
+        for key in ("W_enc", "W_dec", "b_enc", "silent"):
+            torch.testing.assert_close(sharded.state()[key], alone.state()[key][rows], rtol=1e-9, atol=1e-10)
+    dist.destroy_process_group()
+
+
+def test_resampling_draws_the_same_tokens_on_every_mesh(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    mp.spawn(resampling_process, (4, free_port()), nprocs=4)

@@ -21,7 +21,9 @@ D_IN, D_SAE, BATCH = 48, 192, 256
 def stream(n: int, seed: int = 0) -> list[torch.Tensor]:
     """Batches of sums of a few of 96 directions, off centre: what an SAE is made for."""
     generator = torch.Generator().manual_seed(seed)
-    directions = torch.nn.functional.normalize(torch.randn(96, D_IN, generator=torch.Generator().manual_seed(99)), dim=1)
+    directions = torch.nn.functional.normalize(
+        torch.randn(96, D_IN, generator=torch.Generator().manual_seed(99)), dim=1
+    )
     out = []
     for _ in range(n):
         on = torch.rand(BATCH, 96, generator=generator) < 0.05
