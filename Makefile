@@ -32,8 +32,9 @@ $(VENV)/.run-ready: docker/requirements-cpu.lock pyproject.toml
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
-$(VENV)/.dev-ready: $(VENV)/.run-ready docker/requirements-dev.lock
+$(VENV)/.dev-ready: $(VENV)/.run-ready docker/requirements-dev.lock docker/requirements-triton.lock
 	$(BIN)/pip install --quiet --no-deps --require-hashes -r docker/requirements-dev.lock
+	$(BIN)/pip install --quiet --no-deps --require-hashes --upgrade --target $(VENV)/triton -r docker/requirements-triton.lock
 	@touch $@
 
 lock:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Resolves the two .in files beside this script into complete, hashed lock files (run by `make lock`).
+# Resolves the three .in files beside this script into complete, hashed lock files (run by `make lock`).
 # Torch is left out: it is installed first and apart, from whichever build the machine's pip is set up for.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -9,3 +9,4 @@ common=(--python-version 3.11 --universal --generate-hashes --no-annotate --no-h
 uv pip compile requirements-cpu.in --override overrides-cpu.txt $torch_only "${common[@]}" -o /dev/stdout -q | python3 strip_never.py > requirements-cpu.lock.new
 mv requirements-cpu.lock.new requirements-cpu.lock
 uv pip compile requirements-dev.in "${common[@]}" -o requirements-dev.lock -q
+uv pip compile requirements-triton.in "${common[@]}" -o requirements-triton.lock -q

@@ -59,14 +59,14 @@ class Encoder(NamedTuple):
     def pre_activations(self) -> torch.Tensor:
         """All of them, [B, m], in a buffer that the next call overwrites."""
         out_Bm = self.workspace.take("dense", (len(self.centred_BD), len(self.b_m)), *_place(self))
-        c_BD, W_mD, b_m = self._operands()
+        c_BD, W_mD, b_m = self.operands()
         torch.mm(c_BD, W_mD.T, out=out_Bm)
         return out_Bm.add_(b_m).to(self.W_mD.dtype)
 
     def pieces(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """(first token, pre-activations [C, P], group maxima [C, G]) of consecutive tokens, each overwritten by
         the next. Latents past the last are -inf."""
-        c_BD, W_mD, b_m = self._operands()
+        c_BD, W_mD, b_m = self.operands()
         n_tokens, m = len(c_BD), len(b_m)
         n_groups = -(-m // GROUP)
         width = n_groups * GROUP
@@ -101,7 +101,8 @@ class Encoder(NamedTuple):
         keep_N = vals_N > 0
         return Pairs(pairs.rows_N[keep_N], pairs.cols_N[keep_N], vals_N[keep_N])
 
-    def _operands(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def operands(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(centred, W, b) in the dtype of the product."""
         if not self.low_precision:
             return self.centred_BD, self.W_mD, self.b_m
         W_mD = self.workspace.take("W_low", tuple(self.W_mD.shape), torch.bfloat16, self.W_mD.device)

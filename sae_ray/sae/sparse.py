@@ -141,6 +141,8 @@ def sum_scalars_by_latent(codes: Codes | DenseCodes, weight_N: torch.Tensor) -> 
     """`sum over a latent's active tokens of weight`: [m]."""
     if isinstance(codes, DenseCodes):
         return weight_N.sum(0)
+    if triton_kernels.usable(weight_N):
+        return triton_kernels.sum_scalars_by_latent(codes, weight_N)
     out_m = weight_N.new_zeros(len(codes.latent_start_m1) - 1)
     return out_m.index_add_(0, codes.cols_N, weight_N)
 

@@ -10,14 +10,15 @@ from typing import NamedTuple
 import torch
 
 from sae_ray.config import SAEConfig
+from sae_ray.sae import triton_kernels
 from sae_ray.sae.activation import Active, Parameters, StepContext
 from sae_ray.sae.architectures import Architecture
 from sae_ray.sae.encoder import Encoder, Pairs, top_rows
 from sae_ray.sae.losses import aux_k_weight, centred_power
 from sae_ray.sae.selection import keep_topk
-from sae_ray.sae.sparse import Codes, decode, dot_pairs, sum_by_latent, sum_scalars_by_latent
+from sae_ray.sae.sparse import Codes, DenseCodes, decode, dot_pairs, sum_by_latent, sum_scalars_by_latent
 from sae_ray.trainer.collectives import Collectives
-from sae_ray.trainer.reconstruction import decoder_gradient, segments
+from sae_ray.trainer.reconstruction import Segment, decoder_gradient, segments
 
 LISTS_PAIRS = ("batchtopk", "topk", "matryoshka", "jumprelu")
 
@@ -66,12 +67,12 @@ def gradients(
     active = flow.active
     codes = active.codes
     slopes = architecture.backward(active, flow.d_f_N, flow.d_gate_N, own, context)
-    W_dec_mO = decoder_gradient(segments(codes, bounds), flow.slope_GbO)
-    d_pre_m = sum_scalars_by_latent(codes, slopes.d_pre_N)
+    parts = segments(codes, bounds)
+    W_enc_part_mD, W_dec_mO, d_pre_m = _by_latent(codes, parts, slopes.d_pre_N, flow)
     through_encoder = -(d_pre_m @ W_enc_mD) if subtract_b_dec else flow.slope_GbO.new_zeros(W_dec_mO.shape[1])
     same = slopes.d_b_enc_N is slopes.d_pre_N
     found = Gradients(
-        sum_by_latent(codes, slopes.d_pre_N, flow.centred_bD),
+        W_enc_part_mD,
         W_dec_mO,
         d_pre_m if same else sum_scalars_by_latent(codes, slopes.d_b_enc_N),
         flow.slope_GbO[0].sum(0),
@@ -84,6 +85,20 @@ def gradients(
         for tensor in (*found[:-1], *found.own.values(), fired_m):
             coll.sum_dp(tensor)
     return found, fired_m
+
+
+def _by_latent(
+    codes: Codes | DenseCodes, parts: list[Segment], d_pre_N: torch.Tensor, flow: Flow
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sums over each latent's pairs: encoder rows, decoder rows, and d_pre itself. One traversal where kernels run."""
+    if isinstance(codes, Codes) and len(parts) == 1 and triton_kernels.usable(flow.centred_bD, d_pre_N):
+        found = triton_kernels.gradients_by_latent(codes, d_pre_N, flow.slope_GbO[0], flow.centred_bD)
+        return found.W_enc_mD, found.W_dec_mD, found.b_enc_m.to(d_pre_N.dtype)
+    return (
+        sum_by_latent(codes, d_pre_N, flow.centred_bD),
+        decoder_gradient(parts, flow.slope_GbO),
+        sum_scalars_by_latent(codes, d_pre_N),
+    )
 
 
 def exchange(flow: Flow, n_tokens: int, n_latents: int, coll: Collectives) -> Flow:

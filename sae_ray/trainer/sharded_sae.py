@@ -252,7 +252,7 @@ class ShardedTrainer:
             b_enc_m = self.b_enc_m.detach().requires_grad_()
             centre_D = self.b_dec_D if self.subtract_b_dec else torch.zeros_like(x_bD[0])
             params = CreditParams(W_enc_mD, b_enc_m, centre_D, self.first_latent, self.steps_done)
-            loss = credit.loss(x_bD, params, self.own["theta"] if "theta" in self.own else self.threshold)
+            loss = credit.loss(x_bD, params, self.own.get("theta", self.threshold))
             by_W, by_b = (None, None)
             if loss is not None:
                 by_W, by_b = torch.autograd.grad(loss, (W_enc_mD, b_enc_m), allow_unused=True)

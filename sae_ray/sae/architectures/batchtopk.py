@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from sae_ray.config import SAEConfig
+from sae_ray.sae import triton_forward
 from sae_ray.sae.activation import Active, Parameters, StepContext
 from sae_ray.sae.architectures.topk import TopKFamily
 from sae_ray.sae.encoder import Encoder, batch_candidates
@@ -23,6 +24,8 @@ class BatchTopK(TopKFamily):
     cfg: SAEConfig
 
     def forward(self, encoder: Encoder, parameters: Parameters, context: StepContext) -> Active:
+        if triton_forward.usable(encoder, context):
+            return triton_forward.batch_topk(encoder, context)
         n_keep = context.k * context.shard.global_rows
         candidates = batch_candidates(encoder, n_keep)
         pairs, threshold = keep_batch_topk(candidates, n_keep, context.shard, context.collectives)

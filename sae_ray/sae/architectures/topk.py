@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 
 from sae_ray.config import SAEConfig
+from sae_ray.sae import triton_forward
 from sae_ray.sae.activation import Active, Parameters, Slopes, StepContext
 from sae_ray.sae.encoder import Encoder, top_of, top_rows
 from sae_ray.sae.selection import Gate, SelectionCollectives, keep_topk, select_topk
@@ -39,7 +40,9 @@ class TopKFamily:
     def backward(
         self, active: Active, d_f_N: torch.Tensor, d_gate_N: torch.Tensor | None, own: Parameters, context: StepContext
     ) -> Slopes:
-        return Slopes(d_f_N, d_f_N, {})
+        # A pair that bfloat16 chose and float32 finds not positive has value 0 (GPU): it is not active.
+        d_pre_N = d_f_N if active.codes.vals_N.device.type == "cpu" else d_f_N * (active.codes.vals_N > 0)
+        return Slopes(d_pre_N, d_pre_N, {})
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,10 @@ class TopK(TopKFamily):
             pre_Bm = encoder.pre_activations()
             gate = select_within_margin(pre_Bm, k, self.cfg.margin, context.collectives)
             return Active(Codes.of(pre_Bm, gate), gate.threshold)
+        if triton_forward.usable(encoder, context):
+            active = triton_forward.topk(encoder, context)
+            if active is not None:
+                return active
         pairs, threshold = keep_topk(*top_rows(encoder, min(k, shape[1])), k, context.collectives)
         return Active(Codes.from_pairs(encoder.exact(pairs), *shape), threshold)
 
