@@ -36,7 +36,8 @@ from sae_ray.trainer.mesh import Mesh
 from sae_ray.trainer.sharded_sae import ShardedTrainer
 
 D_IN, D_SAE, N_FEATURES = 128, 256, 1024
-BATCH, LR, DECAY = 1024, 1e-3, 0.2
+BATCH, LR, DECAY = 1024, 2e-3, 0.2
+BETAS = (0.9, 0.99)  # ours; 0.999 remembers the large gradients of the start for longer than these runs last
 GROUPS = (1 / 8, 1 / 4, 1 / 2, 1.0)
 TOLERANCE = 0.01
 METRICS = ("L0", "EV", "F1", "MCC", "precision", "recall", "dead")
@@ -133,6 +134,7 @@ def ours(task: Task, first_batch: torch.Tensor, steps: int, seed: int, overrides
         "steps": steps,
         "batch_tokens": BATCH,
         "lr": LR,
+        "betas": BETAS,
         "lr_final": 0.0,
         "decay_fraction": DECAY,
         "warmup_steps": 0,
@@ -184,7 +186,8 @@ def theirs(task: Task, world: Any, steps: int, seed: int, lr: float) -> Trainee:
     from sae_lens.training.sae_trainer import SAETrainer
 
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        # Never the world's seed: its features are the first normals drawn from it (see the README).
+        torch.manual_seed(3000 + seed)
         if task.architecture == "matryoshka":
             widths = [int(share * D_SAE) for share in GROUPS]
             sae = Nested(NestedConfig(d_in=D_IN, d_sae=D_SAE, k=task.k, matryoshka_widths=widths))
@@ -314,7 +317,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=40_000, help="held-out samples that metrics are of")
     parser.add_argument("--only", nargs="+", choices=("ours", "saelens"), default=["ours", "saelens"])
     parser.add_argument("--tasks", nargs="+", help="only rows whose name has one of these words")
-    parser.add_argument("--peer-lr", type=float, nargs="+", default=[LR], help="learning rates of SAELens's trainer")
+    parser.add_argument(
+        "--peer-lr", type=float, nargs="+", default=[1e-3, LR], help="learning rates of SAELens's trainer"
+    )
     parser.add_argument("--set", type=_assignment, nargs="+", default=[], help="ours: sae.KEY=JSON or trainer.KEY=JSON")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--envs", type=Path, default=default_dir(), help="where peer_envs.py made the environments")

@@ -84,8 +84,7 @@ class Encoder(NamedTuple):
                 tile = pre_CP[:, low : min(high, m)]
                 torch.mm(c_CD, W_mD[low:high].T, out=tile)
                 tile.add_(b_m[low:high])
-                groups = pre_CP[:, low:high].unflatten(1, (-1, GROUP))
-                largest_CG[:, low // GROUP : high // GROUP] = groups.amax(2)
+                largest_CG[:, low // GROUP : high // GROUP] = _group_maxima(pre_CP[:, low:high])
             yield first, pre_CP, largest_CG
 
     def exact(self, pairs: Pairs) -> Pairs:
@@ -133,7 +132,7 @@ def pairs_above(encoder: Encoder, low: torch.Tensor) -> Pairs:
     for first, pre_CP, largest_CG in encoder.pieces():
         if low.dim():
             low_P = torch.nn.functional.pad(low.to(pre_CP.dtype), (0, pre_CP.shape[1] - len(low)))
-            largest_CG = (pre_CP - low_P).unflatten(1, (-1, GROUP)).amax(2)
+            largest_CG = _group_maxima(pre_CP - low_P)
             hit_CG, low_GK = largest_CG >= 0, low_P.view(-1, GROUP)
         else:
             hit_CG, low_GK = (largest_CG >= low) & (largest_CG > 0), None
@@ -176,6 +175,14 @@ def _bits_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _place(encoder: Encoder) -> tuple[torch.dtype, torch.device]:
     return torch.bfloat16 if encoder.low_precision else encoder.W_mD.dtype, encoder.W_mD.device
+
+
+def _group_maxima(pre_CP: torch.Tensor) -> torch.Tensor:
+    """The largest value of every GROUP neighbours; where none is positive, one that is not."""
+    if pre_CP.dtype == torch.bfloat16:
+        # Positive ones sort like the integers with their bits, whose maximum is five times as fast on CPU.
+        return pre_CP.view(torch.int16).unflatten(1, (-1, GROUP)).amax(2).view(torch.bfloat16)
+    return pre_CP.unflatten(1, (-1, GROUP)).amax(2)
 
 
 def _top_of_piece(pre_CP: torch.Tensor, largest_CG: torch.Tensor, k: int, m: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -56,7 +56,11 @@ class Optimiser:
         if fused:
             self.torch.grad_scale = None if clip is None else (1 / clip).float()
         for group, name in zip(self.torch.param_groups, self.parameters, strict=True):
-            group["lr"] = self.fixed_lr.get(name, lr)
+            rate = self.fixed_lr.get(name, lr)
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
         self.torch.step()
         self.torch.zero_grad(set_to_none=True)
 
