@@ -43,6 +43,17 @@ TOLERANCE = 0.01
 METRICS = ("L0", "EV", "F1", "MCC", "precision", "recall", "dead")
 
 
+# What RESEARCH.md's figures were made with (credit_prototype.py).
+TABLE_RECIPE: dict[str, Any] = {
+    "sae.input_norm": "none",
+    "sae.b_dec_init": "zero",
+    "sae.aux_k": 0,
+    "trainer.lr": 1e-3,
+    "trainer.betas": (0.9, 0.999),
+    "trainer.grad_clip": 0,
+}
+
+
 class Task(NamedTuple):
     """One row of the table: an architecture at a k, and what RESEARCH.md reports for it."""
 
@@ -121,8 +132,20 @@ def measure(sae: Any, world: Any, samples: int) -> dict[str, float]:
 # ---------------------------------------------------------------------- ours
 
 
-def ours(task: Task, first_batch: torch.Tensor, steps: int, seed: int, overrides: dict[str, Any]) -> Trainee:
-    """Our trainer on one process. `overrides`: "sae.KEY" and "trainer.KEY" values, to try other settings."""
+def ours(
+    task: Task,
+    first_batch: torch.Tensor,
+    steps: int,
+    seed: int,
+    overrides: dict[str, Any],
+    start_MD: torch.Tensor | None = None,
+) -> Trainee:
+    """Our trainer on one process.
+
+    Args:
+        overrides: "sae.KEY" and "trainer.KEY" values, to try other settings.
+        start_MD: rows that the encoder and the decoder start from, instead of our own.
+    """
     sae: dict[str, Any] = {
         "architecture": task.architecture,
         "d_sae": D_SAE,
@@ -144,6 +167,9 @@ def ours(task: Task, first_batch: torch.Tensor, steps: int, seed: int, overrides
         {"sae": sae, "trainer": trainer}[section][name] = value
     machine = ShardedTrainer(SAEConfig(**sae), TrainerConfig(**trainer), D_IN, seed, Collectives(Mesh.alone()))
     machine.initialise(first_batch)
+    if start_MD is not None:
+        machine.W_enc_mD.copy_(start_MD)
+        machine.W_dec_mD.copy_(start_MD)
 
     def step(x_BD: torch.Tensor) -> None:
         machine.step(x_BD, len(x_BD))
@@ -154,6 +180,14 @@ def ours(task: Task, first_batch: torch.Tensor, steps: int, seed: int, overrides
         return AsSAELens(TrainedSAE.from_checkpoint(machine.state(), {**manifest, **machine.meta()}))
 
     return Trainee(step, finish)
+
+
+def table_start() -> torch.Tensor:
+    """The rows that RESEARCH.md's SAEs started from, [M, D]: the first normals of seed 0, which are also what the
+    seed-0 world drew its features from. Row i has cosine .97 with feature i before any training."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return torch.nn.functional.normalize(torch.randn(D_SAE, D_IN), dim=1)
 
 
 class AsSAELens:
@@ -246,6 +280,10 @@ def run_seed(world: Any, args: argparse.Namespace, seed: int, console: Console) 
             continue
         if "ours" in args.only:
             trainees[f"ours: {task.name}"] = ours(task, first, args.steps, seed, args.set)
+        if "table-start" in args.only:
+            trainees[f"ours, the table's start and recipe: {task.name}"] = ours(
+                task, first, args.steps, seed, TABLE_RECIPE, table_start()
+            )
         if "saelens" in args.only:
             for lr in args.peer_lr:
                 trainees[f"saelens lr {lr:g}: {task.name}"] = theirs(task, world, args.steps, seed, lr)
@@ -315,7 +353,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--samples", type=int, default=40_000, help="held-out samples that metrics are of")
-    parser.add_argument("--only", nargs="+", choices=("ours", "saelens"), default=["ours", "saelens"])
+    parser.add_argument("--only", nargs="+", choices=("ours", "saelens", "table-start"), default=["ours", "saelens"])
     parser.add_argument("--tasks", nargs="+", help="only rows whose name has one of these words")
     parser.add_argument(
         "--peer-lr", type=float, nargs="+", default=[1e-3, LR], help="learning rates of SAELens's trainer"

@@ -49,6 +49,9 @@ def rank_process(rank: int, world: int, meshes: list[tuple[int, int]], port: int
             # Over dp a credit is the mean of the ranks' losses, equal to the reference for equal shares only.
             if not (credit and dp > 1):
                 assert_equals_reference(sharded_run(mesh, name, credit), name, credit)
+        alone, sharded = sharded_run_float32(Mesh.alone()), sharded_run_float32(mesh)
+        rows = slice(sharded.first_latent, sharded.last_latent)
+        torch.testing.assert_close(sharded.W_enc_mD, alone.W_enc_mD[rows], rtol=0, atol=1e-5)
     dist.destroy_process_group()
 
 
@@ -64,7 +67,7 @@ def test_every_mesh_equals_the_float64_reference_to_1e_10_over_20_steps(world, m
     mp.spawn(rank_process, (world, meshes, free_port()), nprocs=world)
 
 
-def test_float32_agrees_between_meshes_to_rounding():
+def test_float32_agrees_with_float64_to_rounding():
     alone = sharded_run_float32(Mesh.alone())
     assert alone.W_enc_mD.dtype == torch.float32
     reference = sharded_run(Mesh.alone(), "batchtopk", steps=6)
