@@ -21,7 +21,8 @@ from rich.table import Table
 from sae_ray.activations.hooks import native_dtype
 from sae_ray.activations.stream import BlockStream
 from sae_ray.activations.subject import load_tokenizer
-from sae_ray.config import RunConfig, load_config
+from sae_ray.config import RunConfig
+from sae_ray.config_file import load_config
 from sae_ray.corpus import BlockReader
 from sae_ray.embedded import resolve_model
 from sae_ray.session import ray_session

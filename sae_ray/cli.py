@@ -13,7 +13,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from sae_ray.config import RunConfig, load_config
+from sae_ray.config import RunConfig
+from sae_ray.config_file import load_config
 from sae_ray.errors import RunInterrupted, UserError
 from sae_ray.storage import DISK_FULL, why_not_written
 

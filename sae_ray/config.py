@@ -1,20 +1,16 @@
-"""The typed run config: YAML in, resolved YAML out, unknown keys refused.
+"""The typed run config: unknown keys refused, resolved YAML out.
 
-Every section is a pydantic model whose fields carry their unit in the description. `load_config` turns a
-validation failure into one line that names file, key, value and what would be right.
+Every section is a pydantic model whose fields carry their unit in the description. `config_file` reads one.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-
-from sae_ray.errors import UserError
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 if TYPE_CHECKING:
     from sae_ray.variants import SAESpec
@@ -412,91 +408,3 @@ class RunConfig(Section):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """Read and validate a run config.
-
-    Args:
-        path: YAML file.
-        overrides: `section.key=value` strings, values parsed as YAML, applied over the file.
-    Raises:
-        UserError: the file cannot be read, is not YAML, or a key or value is not allowed.
-    """
-    try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected a mapping of sections, found {type(raw).__name__}")
-    for item in overrides or []:
-        _apply_override(raw, item)
-    return parse_config(raw, source=str(path))
-
-
-def parse_config(raw: dict[str, Any], source: str) -> RunConfig:
-    """Validate an already parsed mapping; `source` names it in errors."""
-    try:
-        return RunConfig.model_validate(raw)
-    except ValidationError as error:
-        raise UserError(f"{source}: {explain(error)}") from error
-
-
-def explain(error: ValidationError, under: tuple[str | int, ...] = ()) -> str:
-    """A validation error in one line; `under` is where in the file the validated section lies."""
-    return "; ".join(_explain(item, under) for item in error.errors())
-
-
-def _apply_override(raw: dict[str, Any], item: str) -> None:
-    key, equals, value = item.partition("=")
-    if not equals or not key:
-        raise UserError(f"--set {item}: expected section.key=value")
-    *parents, leaf = key.split(".")
-    node = raw
-    for parent in parents:
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
-            raise UserError(f"--set {item}: {parent} is not a section")
-    try:
-        node[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {item}: the value is not YAML") from error
-
-
-def _explain(item: Any, under: tuple[str | int, ...]) -> str:
-    """One pydantic error as `key: value: what is wrong, what is allowed`."""
-    path = (*under, *item["loc"])
-    key, message = _dotted(path), item["msg"].removeprefix("Value error, ")
-    if item["type"] == "extra_forbidden":
-        return f"{key}: {unknown_key(str(path[-1]), _fields_of(path[:-1]))}"
-    if item["type"] == "missing":
-        return f"{key}: is required and missing"
-    value = item["input"]
-    if not isinstance(value, (dict, BaseModel)):
-        return f"{key} = {value!r}: {message}"
-    if item["type"] == "value_error":  # a section's own check, which names the keys from the section on
-        return f"{_dotted(under[:-1])}.{message}" if under else message
-    return f"{key}: {message}"
-
-
-def _dotted(path: tuple[str | int, ...]) -> str:
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
-
-
-def unknown_key(key: str, allowed: list[str]) -> str:
-    close = difflib.get_close_matches(key, allowed, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"unknown key; {hint}allowed here: {', '.join(allowed)}"
-
-
-def _fields_of(path: tuple[str | int, ...]) -> list[str]:
-    """Keys of the section at `path`; a section of a variant has those of the run's own."""
-    section: Any = RunConfig
-    for part in path[2:] if len(path) > 2 and path[0] == "saes" else path:
-        annotation = section if isinstance(part, int) else section.model_fields[part].annotation
-        section = next((arg for arg in get_args(annotation) if hasattr(arg, "model_fields")), annotation)
-        if not hasattr(section, "model_fields"):
-            return []
-    return sorted(section.model_fields)

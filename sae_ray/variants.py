@@ -18,9 +18,8 @@ from sae_ray.config import (
     SAEVariant,
     Section,
     TrainerConfig,
-    explain,
-    unknown_key,
 )
+from sae_ray.config_file import explain, unknown_key
 
 MAIN = "main"
 # Names of the versions of main, which evaluations list beside the variants, and of the null beside them.

@@ -84,7 +84,7 @@ def test_a_corpus_without_tokens_is_refused(run_cli, tmp_path):
 def test_a_run_name_that_means_other_numbers_is_refused_and_names_the_key(run_cli, tmp_path):
     folder = tmp_path / "runs" / "bad"
     folder.mkdir(parents=True)
-    from sae_ray.config import parse_config
+    from sae_ray.config_file import parse_config
 
     earlier = parse_config({**MINIMAL, "sae": {"k": 16}}, "test")
     (folder / "config.yaml").write_text(earlier.to_yaml())
@@ -117,6 +117,6 @@ def test_check_validates_without_a_cluster(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("job", sorted(Path(__file__).parents[1].glob("jobs/*.yaml")), ids=lambda path: path.name)
 def test_every_job_in_the_repository_is_a_valid_config(job):
-    from sae_ray.config import load_config
+    from sae_ray.config_file import load_config
 
     assert load_config(job).name

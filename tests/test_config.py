@@ -1,6 +1,6 @@
 import pytest
 
-from sae_ray.config import load_config
+from sae_ray.config_file import load_config
 from sae_ray.errors import UserError
 
 MINIMAL = "name: a\nhook: {layer: 3}\n"

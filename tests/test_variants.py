@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from sae_ray.config import RunConfig, parse_config
+from sae_ray.config import RunConfig
+from sae_ray.config_file import parse_config
 from sae_ray.errors import UserError
 
 BASE: dict[str, Any] = {

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sae_ray.config import RunConfig, load_config
+from sae_ray.config import RunConfig
+from sae_ray.config_file import load_config
 from sae_ray.errors import UserError
 
 

@@ -45,6 +45,4 @@ def _without_bias(encoder: Encoder) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _active(encoder: Encoder, pre_Bm: torch.Tensor, chosen: triton_selection.Selected) -> Active:
     codes = triton_selection.padded_codes(pre_Bm, chosen)
-    if encoder.low_precision:
-        codes = triton_selection.exact_codes(codes, encoder.centred_BD, encoder.W_mD, encoder.b_m)
-    return Active(codes, chosen.threshold)
+    return Active(codes._replace(vals_N=codes.vals_N.to(encoder.W_mD.dtype)), chosen.threshold)

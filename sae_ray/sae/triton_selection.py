@@ -19,7 +19,7 @@ import torch
 
 from sae_ray.sae.selection import SelectionCollectives, Shard
 from sae_ray.sae.sparse import Codes
-from sae_ray.sae.triton_kernels import dot_pairs, launch
+from sae_ray.sae.triton_kernels import launch
 
 LOW_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}  # always zero after widening to float32
 GROUP = 64
@@ -49,17 +49,6 @@ def padded_codes(pre_Bm: torch.Tensor, selected: Selected) -> Codes:
     keys_N, by_latent_N = torch.sort(torch.where(live_N, selected.cols_N, n_latents), stable=True)
     latent_start_m1 = torch.searchsorted(keys_N, torch.arange(n_latents + 1, device=device))
     return Codes(selected.rows_N, selected.cols_N, vals_N, selected.row_start_B1, by_latent_N, latent_start_m1)
-
-
-def exact_codes(codes: Codes, centred_BD: torch.Tensor, W_enc_mD: torch.Tensor, b_enc_m: torch.Tensor) -> Codes:
-    """The same pairs with values recomputed in the parameters' type, after a selection in bfloat16. A value that is
-    then not positive becomes 0; it stays in the lists, since dropping it would need its count on the host."""
-    pre_N = dot_pairs(codes, centred_BD, W_enc_mD, W_enc_mD.dtype) + b_enc_m[codes.cols_N]
-    live_N = torch.arange(len(pre_N), device=pre_N.device) < codes.row_start_B1[-1]
-    return codes._replace(vals_N=torch.where(live_N, pre_N.clamp(min=0), 0))
-
-
-# ---------------------------------------------------------------------- per token
 
 
 def row_topk(

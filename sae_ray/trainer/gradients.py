@@ -16,7 +16,15 @@ from sae_ray.sae.architectures import Architecture
 from sae_ray.sae.encoder import Encoder, Pairs, top_rows
 from sae_ray.sae.losses import aux_k_weight, centred_power
 from sae_ray.sae.selection import keep_topk
-from sae_ray.sae.sparse import Codes, DenseCodes, decode, dot_pairs, sum_by_latent, sum_scalars_by_latent
+from sae_ray.sae.sparse import (
+    Codes,
+    DenseCodes,
+    codes_of_pairs,
+    decode,
+    dot_pairs,
+    sum_by_latent,
+    sum_scalars_by_latent,
+)
 from sae_ray.trainer.collectives import Collectives
 from sae_ray.trainer.reconstruction import Segment, decoder_gradient, segments
 
@@ -151,7 +159,10 @@ def add_aux_k(
     W_nO = W_dec_mO[dead]
     k = min(cfg.aux_k, n_dead)
     pairs, _ = keep_topk(*top_rows(few, min(k, len(dead))), k, coll)
-    codes = Codes.from_pairs(few.exact(pairs), len(residual_bO), len(dead))
+    pairs = few.widened(pairs)
+    # With few dead latents nearly all of them are picked: dense products, unless dp ranks must exchange pairs.
+    as_codes = codes_of_pairs if coll.mesh.dp == 1 else Codes.from_pairs
+    codes = as_codes(pairs, len(residual_bO), len(dead))
     guess_bO = coll.sum_tp(decode(codes, W_nO))
     weight = aux_k_weight(cfg.aux_coef, n_dead, cfg.aux_k)
     per_power = weight / centred_power(residual_bO, n_tokens, coll.sum_dp)

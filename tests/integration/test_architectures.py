@@ -10,7 +10,7 @@ from runs import write_config
 
 from sae_ray.activations.block import Block
 from sae_ray.activations.producer import ActivationProducer
-from sae_ray.config import load_config
+from sae_ray.config_file import load_config
 from sae_ray.sae.inference import TrainedSAE
 from sae_ray.trainer.collectives import Collectives
 from sae_ray.trainer.mesh import Mesh

@@ -14,7 +14,7 @@ from runs import finish, losses, start, train, write_config
 
 from sae_ray.activations.block import Block
 from sae_ray.activations.producer import ActivationProducer
-from sae_ray.config import load_config
+from sae_ray.config_file import load_config
 from sae_ray.reward.bank import VerdictBank
 from sae_ray.sae.formats import import_saelens
 from sae_ray.sae.inference import TrainedSAE

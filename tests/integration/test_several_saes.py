@@ -17,7 +17,8 @@ from runs import TINY, train, write_config
 
 from sae_ray.activations.block import Block
 from sae_ray.activations.producer import ActivationProducer
-from sae_ray.config import RunConfig, load_config
+from sae_ray.config import RunConfig
+from sae_ray.config_file import load_config
 from sae_ray.errors import UserError
 from sae_ray.evaluation.evaluator import find_variants
 from sae_ray.sae.formats import import_sae

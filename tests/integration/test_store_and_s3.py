@@ -20,7 +20,8 @@ from s3_server import BUCKET, S3Server
 
 from sae_ray.activations.store import ActivationStore, chunk_key, write_chunk
 from sae_ray.activations.storing import StoreWriter
-from sae_ray.config import RunConfig, load_config
+from sae_ray.config import RunConfig
+from sae_ray.config_file import load_config
 from sae_ray.controller import Controller
 from sae_ray.errors import RunInterrupted
 from sae_ray.evaluation.evaluator import find_saes

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from sae_ray.config import parse_config
+from sae_ray.config_file import parse_config
 from sae_ray.errors import UserError
 from sae_ray.report import render_report
 from sae_ray.report.curves import Series, Timeline, chart, nice_ticks, run_charts, thin

@@ -10,7 +10,8 @@ import torch
 from small_saes import D, M, raw_activations, small_sae
 
 from sae_ray import cli
-from sae_ray.config import RunConfig, parse_config
+from sae_ray.config import RunConfig
+from sae_ray.config_file import parse_config
 from sae_ray.errors import UserError
 from sae_ray.preflight import check_init_from
 from sae_ray.sae.formats import Provenance, export_sae, import_sae, read_sae

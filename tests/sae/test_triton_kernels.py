@@ -272,18 +272,6 @@ def test_ties_that_lie_in_different_groups_of_latents_are_kept_in_order():
 
 
 @kernels
-def test_values_selected_in_bfloat16_are_recomputed_exactly():
-    x, W, bias = (torch.randn(*shape, device=DEVICE) for shape in ((4, 12), (40, 12), (40,)))
-    pre = x @ W.T + bias
-    low = pre.bfloat16()
-    low[1] = -1  # three pairs of padding
-    codes = triton_selection.padded_codes(low, triton_selection.select_topk(low, 3, Alone()))
-    exact = triton_selection.exact_codes(codes, x, W, bias)
-    assert_close(exact.vals_N[:9], pre[codes.rows_N[:9], codes.cols_N[:9]])
-    assert not exact.vals_N[9:].any()
-
-
-@kernels
 def test_nearly_equal_values_are_told_apart():
     pre = 1 + torch.finfo(torch.float32).eps * torch.randperm(400, device=DEVICE).float().view(4, 100)
     selected = triton_selection.select_batch_topk(pre, 123, Shard(0, 4, 0, 100), Alone())

@@ -40,9 +40,7 @@ class TopKFamily:
     def backward(
         self, active: Active, d_f_N: torch.Tensor, d_gate_N: torch.Tensor | None, own: Parameters, context: StepContext
     ) -> Slopes:
-        # A pair that bfloat16 chose and float32 finds not positive has value 0 (GPU): it is not active.
-        d_pre_N = d_f_N if active.codes.vals_N.device.type == "cpu" else d_f_N * (active.codes.vals_N > 0)
-        return Slopes(d_pre_N, d_pre_N, {})
+        return Slopes(d_f_N, d_f_N, {})
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class TopK(TopKFamily):
             if active is not None:
                 return active
         pairs, threshold = keep_topk(*top_rows(encoder, min(k, shape[1])), k, context.collectives)
-        return Active(Codes.from_pairs(encoder.exact(pairs), *shape), threshold)
+        return Active(Codes.from_pairs(encoder.widened(pairs), *shape), threshold)
 
     def infer_gate(self, pre_Bm: torch.Tensor, threshold: torch.Tensor, collectives: SelectionCollectives) -> Gate:
         if self.cfg.margin:
