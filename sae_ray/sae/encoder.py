@@ -48,20 +48,25 @@ class Workspace:
 
 
 class Encoder(NamedTuple):
-    """`pre = centred @ W.T + b`, in bfloat16 if `low_precision`."""
+    """`pre = centred @ W.T + b`, in bfloat16 if `low_precision`.
+
+    watch_n: latents whose pre-activations are kept on the way, for `watched_top`.
+    """
 
     centred_BD: torch.Tensor
     W_mD: torch.Tensor
     b_m: torch.Tensor
     workspace: Workspace
     low_precision: bool = False
+    watch_n: torch.Tensor | None = None
 
     def pre_activations(self) -> torch.Tensor:
         """All of them, [B, m], in a buffer that the next call overwrites."""
         out_Bm = self.workspace.take("dense", (len(self.centred_BD), len(self.b_m)), *_place(self))
         c_BD, W_mD, b_m = self.operands()
         torch.mm(c_BD, W_mD.T, out=out_Bm)
-        return out_Bm.add_(b_m).to(self.W_mD.dtype)
+        self.note(0, out_Bm.add_(b_m))
+        return out_Bm.to(self.W_mD.dtype)
 
     def pieces(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """(first token, pre-activations [C, P], group maxima [C, G]) of consecutive tokens, each overwritten by
@@ -78,7 +83,29 @@ class Encoder(NamedTuple):
             live_Cm = pre_CP[:, :m]
             torch.mm(c_CD, W_mD.T, out=live_Cm)
             live_Cm.add_(b_m)
+            self.note(first, pre_CP)
             yield first, pre_CP, _group_maxima(pre_CP)
+
+    def note(self, first: int, pre_Cm: torch.Tensor) -> None:
+        """Keeps the watched latents' pre-activations of the tokens from `first` on."""
+        if self.watch_n is not None:
+            watched_CP = self._watched()[first : first + len(pre_Cm)]
+            watched_CP[:, len(self.watch_n) :] = -torch.inf
+            watched_CP[:, : len(self.watch_n)] = pre_Cm.index_select(1, self.watch_n)
+
+    def watched_top(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`top_rows` of the watched latents, after the product: values [B, k] in the parameters' dtype, and places
+        in `watch_n` [B, k]."""
+        assert self.watch_n is not None
+        watched_BP, n = self._watched(), len(self.watch_n)
+        parts = [_top_of_piece(part, _group_maxima(part), k, n) for part in watched_BP.split(CPU_ROWS)]
+        vals_Bk = torch.cat([vals for vals, _ in parts])
+        return vals_Bk.to(self.W_mD.dtype), torch.cat([ids for _, ids in parts])
+
+    def _watched(self) -> torch.Tensor:
+        assert self.watch_n is not None
+        width = -(-len(self.watch_n) // GROUP) * GROUP
+        return self.workspace.take("watched", (len(self.centred_BD), width), *_place(self))
 
     def widened(self, pairs: Pairs) -> Pairs:
         """The pairs with values in the parameters' dtype. A bfloat16 product's are off by about a hundredth of an

@@ -115,31 +115,35 @@ def keep_topk(
 ) -> tuple[Pairs, torch.Tensor]:
     """The `k` largest positive pre-activations of each token, over all tp shards; ties by global latent id.
 
-    One all-gather of [B, k] values.
-
     Args:
         top_Bk, latents_Bk: the shard's own largest per token, as `encoder.top_rows` gives them; fewer columns
             than `k` where the shard has fewer latents.
     Returns:
         The kept pairs, and the mean over these tokens of the k-th largest value.
     """
-    keep_Bk = top_Bk > 0
-    padding = top_Bk.new_zeros(len(top_Bk), k - top_Bk.shape[1])
-    top_RBk = collectives.gather_tp(torch.cat([top_Bk, padding], dim=1).contiguous())
-    cut_B = top_RBk[0, :, -1]
-    if len(top_RBk) > 1:
-        merged = top_RBk.transpose(0, 1).reshape(len(top_Bk), -1)
-        cut_B = merged.topk(k, dim=1).values[:, -1]
-        ties_RB = (top_RBk == cut_B[None, :, None]).sum(-1)
-        need_B = k - (merged > cut_B[:, None]).sum(1) - ties_RB[: collectives.tp_rank].sum(0)
-        # Largest first and ties in order of latent: the first `above + need` of a row are those to keep.
-        n_keep_B = (top_Bk > cut_B[:, None]).sum(1) + need_B.clamp(min=0)
-        keep_Bk = keep_Bk & (torch.arange(top_Bk.shape[1], device=top_Bk.device) < n_keep_B[:, None])
-        keep_Bk &= top_Bk >= cut_B[:, None]
+    keep_Bk, cut_B = mark_topk(top_Bk, k, collectives)
     order_Bk = latents_Bk.masked_fill(~keep_Bk, torch.iinfo(torch.int64).max).argsort(dim=1)
     rows_N, places_N = torch.nonzero(keep_Bk.gather(1, order_Bk), as_tuple=True)
     where_N = order_Bk[rows_N, places_N]
     return Pairs(rows_N, latents_Bk[rows_N, where_N], top_Bk[rows_N, where_N]), cut_B.mean()
+
+
+def mark_topk(top_Bk: torch.Tensor, k: int, collectives: SelectionCollectives) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which of a shard's largest values per token are among the `k` largest positive ones of all tp shards, and the
+    k-th largest of each token. One all-gather of [B, k] values."""
+    keep_Bk = top_Bk > 0
+    padding = top_Bk.new_zeros(len(top_Bk), k - top_Bk.shape[1])
+    top_RBk = collectives.gather_tp(torch.cat([top_Bk, padding], dim=1).contiguous())
+    if len(top_RBk) == 1:
+        return keep_Bk, top_RBk[0, :, -1]
+    merged = top_RBk.transpose(0, 1).reshape(len(top_Bk), -1)
+    cut_B = merged.topk(k, dim=1).values[:, -1]
+    ties_RB = (top_RBk == cut_B[None, :, None]).sum(-1)
+    need_B = k - (merged > cut_B[:, None]).sum(1) - ties_RB[: collectives.tp_rank].sum(0)
+    # Largest first and ties in order of latent: the first `above + need` of a row are those to keep.
+    n_keep_B = (top_Bk > cut_B[:, None]).sum(1) + need_B.clamp(min=0)
+    keep_Bk &= torch.arange(top_Bk.shape[1], device=top_Bk.device) < n_keep_B[:, None]
+    return keep_Bk & (top_Bk >= cut_B[:, None]), cut_B
 
 
 def select_above(pre_Bm: torch.Tensor, threshold: torch.Tensor) -> Gate:

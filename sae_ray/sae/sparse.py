@@ -74,15 +74,6 @@ def codes_of(vals_Bm: torch.Tensor, support_Bm: torch.Tensor) -> Codes | DenseCo
     return Codes.from_pairs(Pairs(rows_N, cols_N, vals_Bm[rows_N, cols_N]), *vals_Bm.shape)
 
 
-def codes_of_pairs(pairs: Pairs, n_tokens: int, n_latents: int) -> Codes | DenseCodes:
-    """The codes of listed pairs, dense where they are so many that dense products are faster."""
-    if len(pairs.vals_N) <= DENSE_SHARE * n_tokens * n_latents:
-        return Codes.from_pairs(pairs, n_tokens, n_latents)
-    vals_Bm = pairs.vals_N.new_zeros(n_tokens, n_latents)
-    vals_Bm[pairs.rows_N, pairs.cols_N] = pairs.vals_N
-    return DenseCodes(vals_Bm, vals_Bm > 0)
-
-
 def on_support(codes: Codes | DenseCodes, values_Bm: torch.Tensor) -> torch.Tensor:
     """Values of a [B, m] tensor at the pairs of `codes`, [N]."""
     if isinstance(codes, DenseCodes):

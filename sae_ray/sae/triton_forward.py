@@ -44,5 +44,6 @@ def _without_bias(encoder: Encoder) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _active(encoder: Encoder, pre_Bm: torch.Tensor, chosen: triton_selection.Selected) -> Active:
+    encoder.note(0, pre_Bm)
     codes = triton_selection.padded_codes(pre_Bm, chosen)
     return Active(codes._replace(vals_N=codes.vals_N.to(encoder.W_mD.dtype)), chosen.threshold)

@@ -13,13 +13,13 @@ from sae_ray.config import SAEConfig
 from sae_ray.sae import triton_kernels
 from sae_ray.sae.activation import Active, Parameters, StepContext
 from sae_ray.sae.architectures import Architecture
-from sae_ray.sae.encoder import Encoder, Pairs, top_rows
+from sae_ray.sae.encoder import Encoder, Pairs
 from sae_ray.sae.losses import aux_k_weight, centred_power
-from sae_ray.sae.selection import keep_topk
+from sae_ray.sae.selection import keep_topk, mark_topk
 from sae_ray.sae.sparse import (
+    DENSE_SHARE,
     Codes,
     DenseCodes,
-    codes_of_pairs,
     decode,
     dot_pairs,
     sum_by_latent,
@@ -151,25 +151,21 @@ def add_aux_k(
     The residual is a constant here: only the dead latents learn from it, encoder and decoder alike.
 
     Args:
+        encoder: has watched `dead` in this step's product.
         dead: this shard's dead latents, int64. n_dead: those of all shards.
     Returns:
         The loss over this dp rank's tokens, 0-dim.
     """
-    few = encoder._replace(W_mD=encoder.W_mD[dead], b_m=encoder.b_m[dead])
-    W_nO = W_dec_mO[dead]
+    W_nO, centred_bD = W_dec_mO[dead], encoder.centred_BD
     k = min(cfg.aux_k, n_dead)
-    pairs, _ = keep_topk(*top_rows(few, min(k, len(dead))), k, coll)
-    pairs = few.widened(pairs)
-    # With few dead latents nearly all of them are picked: dense products, unless dp ranks must exchange pairs.
-    as_codes = codes_of_pairs if coll.mesh.dp == 1 else Codes.from_pairs
-    codes = as_codes(pairs, len(residual_bO), len(dead))
+    codes = _dead_codes(encoder, k, coll)
     guess_bO = coll.sum_tp(decode(codes, W_nO))
     weight = aux_k_weight(cfg.aux_coef, n_dead, cfg.aux_k)
     per_power = weight / centred_power(residual_bO, n_tokens, coll.sum_dp)
     left_bO = guess_bO - residual_bO
     slope_bO = left_bO * (2 * per_power)
     d_pre_N = dot_pairs(codes, slope_bO, W_nO)
-    flow = Flow(Active(codes, per_power), d_pre_N, None, d_pre_N, few.centred_BD, slope_bO[None])
+    flow = Flow(Active(codes, per_power), d_pre_N, None, d_pre_N, centred_bD, slope_bO[None])
     flow = exchange(flow, n_tokens, len(dead), coll)
     everyones = flow.active.codes
     d_b_n = sum_scalars_by_latent(everyones, flow.d_f_N)
@@ -178,5 +174,18 @@ def add_aux_k(
     grads.b_enc_m.index_add_(0, dead, d_b_n)
     grads.along_m.index_add_(0, dead, sum_scalars_by_latent(everyones, everyones.vals_N * flow.d_f_N))
     if subtract_b_dec:
-        grads.b_dec_shard_O.sub_(d_b_n @ few.W_mD)
+        grads.b_dec_shard_O.sub_(d_b_n @ encoder.W_mD[dead])
     return left_bO.square().sum() * per_power
+
+
+def _dead_codes(encoder: Encoder, k: int, coll: Collectives) -> Codes | DenseCodes:
+    """The k most active of all shards' dead latents per token, as this shard's codes over its dead latents."""
+    assert encoder.watch_n is not None
+    n_tokens, n = len(encoder.centred_BD), len(encoder.watch_n)
+    top_bk, places_bk = encoder.watched_top(min(k, n))
+    # Where few are dead nearly all of them are picked: dense products, unless dp ranks must exchange pairs.
+    if coll.mesh.dp > 1 or top_bk.shape[1] <= DENSE_SHARE * n:
+        return Codes.from_pairs(keep_topk(top_bk, places_bk, k, coll)[0], n_tokens, n)
+    keep_bk, _ = mark_topk(top_bk, k, coll)
+    vals_bn = top_bk.new_zeros(n_tokens, n).scatter_(1, places_bk, top_bk * keep_bk)
+    return DenseCodes(vals_bn, vals_bn > 0)

@@ -193,7 +193,8 @@ class ShardedTrainer:
         """Gradients of this shard, which of its latents fired, this dp rank's sums, and y_hat - y."""
         n = context.shard.global_rows
         target = Target(y_bO, self.W_dec_mD, self.b_dec_D, centred_power(y_bO, n, self.collectives.sum_dp))
-        encoder = self._encoder(x_bD)
+        dead = torch.nonzero(self.dead_m).view(-1) if self.n_dead and self.sae.aux_k else None
+        encoder = self._encoder(x_bD)._replace(watch_n=dead)
         active = self.architecture.forward(encoder, self.own, context)
         found = reconstruct(segments(active.codes, self.bounds), active.codes, target, self.collectives)
         regular = self.architecture.regularise(active, context, target)
@@ -214,8 +215,19 @@ class ShardedTrainer:
         )
         none = torch.zeros_like(found.fvu)
         aux = none
-        if self.n_dead and self.sae.aux_k:
-            aux = self._aux_k(-found.error_BO, encoder, grads, n)
+        if dead is not None:
+            aux = backward.add_aux_k(
+                grads,
+                -found.error_BO,
+                encoder,
+                dead,
+                self.n_dead,
+                self.W_dec_mD,
+                self.sae,
+                n,
+                self.subtract_b_dec,
+                self.collectives,
+            )
         share = len(x_bD) / n
         numbers = [
             found.fvu,
@@ -226,22 +238,6 @@ class ShardedTrainer:
             active.threshold.to(self.dtype) * share,
         ]
         return grads, fired_m, numbers, found.error_BO
-
-    def _aux_k(self, residual_bO: torch.Tensor, encoder: Encoder, grads: Gradients, n: int) -> torch.Tensor:
-        """Adds the gradients of AuxK to `grads`; returns its loss over this dp rank's tokens."""
-        dead = torch.nonzero(self.dead_m).view(-1)
-        return backward.add_aux_k(
-            grads,
-            residual_bO,
-            encoder,
-            dead,
-            self.n_dead,
-            self.W_dec_mD,
-            self.sae,
-            n,
-            self.subtract_b_dec,
-            self.collectives,
-        )
 
     def _add_credit(self, credit: CreditLoss | None, x_bD: torch.Tensor, grads: Gradients) -> torch.Tensor:
         none = torch.zeros((), dtype=self.dtype, device=x_bD.device)
