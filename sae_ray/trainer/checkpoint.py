@@ -25,7 +25,7 @@ from sae_ray.errors import UserError
 from sae_ray.storage import join, open_storage
 from sae_ray.tensor_file import buffers_of
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 CREDIT = "credit."
 LATENT_AXIS_FIRST = frozenset({"W_enc", "W_dec", "b_enc", "theta", "r_mag", "b_mag", "silent", "dead"})
