@@ -47,6 +47,7 @@ class Collectives:
             return tensor_N
         length = torch.tensor([len(tensor_N)], device=tensor_N.device)
         lengths = [torch.zeros_like(length) for _ in range(world)]
+        self._count("gather_mesh", length)
         dist.all_gather(lengths, length)
         sizes = [int(size) for size in lengths]
         padded = tensor_N.new_zeros(max(sizes))
