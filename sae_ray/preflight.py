@@ -173,7 +173,7 @@ def remove_run(config: RunConfig) -> None:
         raise UserError(f"--fresh: {folder} does not look like a run folder; not removed")
     home = checkpoint.home(config)
     for _, path in checkpoint.committed(home):
-        name = checkpoint.read_manifest(path).get("config", {}).get("name", config.name)
+        name = checkpoint.read_manifest(path, any_format=True).get("config", {}).get("name", config.name)
         if name != config.name:
             raise UserError(
                 f"--fresh: {path} is a checkpoint of the run {name!r}; not removed; "

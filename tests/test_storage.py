@@ -22,6 +22,7 @@ from s3_server import BUCKET, S3Server
 from sae_ray import cli, s3
 from sae_ray.errors import UserError
 from sae_ray.storage import LocalStorage, Storage, ensure_writable, join, open_storage, probe
+from sae_ray.trainer.checkpoint import FORMAT
 
 NOTHING_LISTENS = "http://127.0.0.1:9"
 
@@ -266,9 +267,9 @@ def test_a_store_that_cannot_be_used_is_one_line_before_a_cluster(run_cli, on_s3
     assert len(err.strip().splitlines()) == 1
 
 
-def committed(location: str, config: dict[str, object]) -> None:
+def committed(location: str, config: dict[str, object], format: int = FORMAT) -> None:
     """A commit of one step of some run at `location`."""
-    manifest = {"format": 1, "step": 5, "pin": None, "files": {}, "config": config}
+    manifest = {"format": format, "step": 5, "pin": None, "files": {}, "config": config}
     open_storage(location).write("step-5/manifest.json", json.dumps(manifest).encode())
 
 
@@ -283,8 +284,16 @@ def test_another_runs_checkpoints_are_neither_resumed_nor_removed(run_cli, on_s3
     assert open_storage(on_s3).list() == ["step-5/manifest.json"]
 
 
-def test_fresh_removes_the_runs_own_checkpoints_and_nothing_else(run_cli, on_s3):
-    committed(on_s3, {"name": "run", "hook": {"layer": 2}, "rlaif": {"enabled": False}})
+def test_another_versions_checkpoints_are_not_resumed(run_cli, on_s3):
+    committed(on_s3, {"name": "run"}, format=FORMAT - 1)
+    code, err = run_cli("train", trainer={"checkpoint_dir": on_s3})
+    assert code == 2
+    assert f"has format {FORMAT - 1}, this version reads {FORMAT}; start anew (--fresh)" in err
+
+
+@pytest.mark.parametrize("format", [FORMAT, FORMAT - 1])
+def test_fresh_removes_the_runs_own_checkpoints_and_nothing_else(run_cli, on_s3, format):
+    committed(on_s3, {"name": "run", "hook": {"layer": 2}, "rlaif": {"enabled": False}}, format)
     open_storage(on_s3).write("notes.txt", b"mine")
     code, err = run_cli("train", "--fresh", "--check", trainer={"checkpoint_dir": on_s3})
     assert code == 0, err

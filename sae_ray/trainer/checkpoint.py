@@ -108,8 +108,11 @@ def manifest_of(cfg: RunConfig, d_in: int, reports: list[dict[str, Any]], about:
     }
 
 
-def read_manifest(folder: str | Path) -> dict[str, Any]:
+def read_manifest(folder: str | Path, any_format: bool = False) -> dict[str, Any]:
     """The manifest of a committed checkpoint.
+
+    Args:
+        any_format: accept what another version wrote, of which only `step` and `config` are sure.
 
     Raises:
         UserError: there is none, or it is not readable by this version.
@@ -121,8 +124,11 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         manifest = json.loads(storage.read(MANIFEST))
     except ValueError as error:
         raise UserError(f"{storage.url(MANIFEST)}: is not JSON") from error
-    if manifest.get("format") != FORMAT:
-        raise UserError(f"{storage.url(MANIFEST)}: has format {manifest.get('format')}, this version reads {FORMAT}")
+    if not any_format and manifest.get("format") != FORMAT:
+        raise UserError(
+            f"{storage.url(MANIFEST)}: has format {manifest.get('format')}, this version reads {FORMAT}; "
+            "start anew (--fresh) or go on with the version that wrote it"
+        )
     return manifest
 
 
