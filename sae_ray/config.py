@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 if TYPE_CHECKING:
     from sae_ray.variants import SAESpec
@@ -121,12 +121,16 @@ class ActivationsConfig(Section):
         return self
 
 
-Architecture = Literal["batchtopk", "topk", "matryoshka", "jumprelu", "gated", "relu_l1"]
-TOPK_FAMILY = ("batchtopk", "topk", "matryoshka")
+def _known_architecture(name: str) -> str:
+    from sae_ray.sae.architectures import REGISTRY  # torch: not for `--help`
+
+    if name not in REGISTRY:
+        raise ValueError(f"{name!r} is unknown; known: {', '.join(REGISTRY)}")
+    return name
 
 
 class SAEConfig(Section):
-    architecture: Architecture = "batchtopk"
+    architecture: Annotated[str, AfterValidator(_known_architecture)] = "batchtopk"
     d_sae: Positive = 4608
     k: Positive = Field(
         32, description="active latents per token (batchtopk, matryoshka: on average; jumprelu: the L0 aimed at)"
@@ -171,6 +175,9 @@ class SAEConfig(Section):
         64, description="dead latents that AuxK revives per token; 0 turns it off"
     )
     aux_coef: Annotated[float, Field(ge=0)] = 1 / 32
+    aux_pool: Positive = Field(
+        1024, description="dead latents that AuxK chooses from in one step: about as many, drawn anew each step"
+    )
     dead_after_tokens: Positive = Field(100_000, description="a latent silent for this many tokens is dead")
     resample_every: Annotated[int, Field(ge=0)] = Field(
         0, description="steps between resamplings of dead latents (while the learning rate is constant); 0: never"
@@ -178,19 +185,20 @@ class SAEConfig(Section):
 
     @model_validator(mode="after")
     def _fits_its_architecture(self) -> SAEConfig:
+        from sae_ray.sae.architectures import REGISTRY
+
         for key in ("k", "k_start"):
             if (value := getattr(self, key)) is not None and value > self.d_sae:
                 raise ValueError(f"sae.{key} {value} is larger than sae.d_sae {self.d_sae}")
-        if self.k_start is not None and self.architecture not in TOPK_FAMILY:
-            raise ValueError(f"sae.k_start is for {', '.join(TOPK_FAMILY)}, not for {self.architecture}")
+        kind = REGISTRY[self.architecture]
+        kind.check(self)
+        if self.k_start is not None and not kind.ranks:
+            ranking = ", ".join(name for name, other in REGISTRY.items() if other.ranks)
+            raise ValueError(f"sae.k_start is for {ranking}, not for {self.architecture}")
         if self.margin and self.architecture != "topk":
             raise ValueError(f"sae.margin is for topk, not for {self.architecture}")
         if self.groups != sorted(set(self.groups)) or not self.groups or self.groups[-1] != 1 or self.groups[0] <= 0:
             raise ValueError(f"sae.groups {self.groups} must rise from above 0 to 1")
-        if self.architecture in ("relu_l1", "gated") and not self.sparsity_coef:
-            raise ValueError(f"sae.architecture {self.architecture} needs sae.sparsity_coef above 0")
-        if self.architecture in TOPK_FAMILY and self.sparsity_coef:
-            raise ValueError(f"sae.sparsity_coef is for relu_l1, gated and jumprelu; {self.architecture} has its k")
         return self
 
 
@@ -326,6 +334,34 @@ class EvaluationConfig(Section):
     timeout_s: Seconds = Field(1800, description="how long an evaluation may take before the run says it hangs")
 
 
+class JudgingConfig(Section):
+    """`sae-ray judge`: which evidence is collected, who explains, and what is measured."""
+
+    blocks: Positive = Field(64, description="blocks of the evidence split that the evidence comes from")
+    top: Positive = Field(20, description="strongest contexts kept per latent and side")
+    quantiles: Positive = Field(10, description="activation quantile groups, each sampled alike")
+    per_quantile: Positive = Field(6, description="contexts kept per quantile group and side")
+    near_misses: Annotated[int, Field(ge=0)] = Field(20, description="inactive contexts closest below the threshold")
+    randoms: Annotated[int, Field(ge=0)] = Field(40, description="random contexts in which the latent is inactive")
+    siblings: Annotated[int, Field(ge=0)] = Field(20, description="contexts of the most alike latents, itself inactive")
+    min_contexts: Positive = Field(12, description="active contexts below which a latent is not judged")
+    explainers: list[str] = Field(default_factory=lambda: ["max_activating", "lexical"], min_length=1)
+    marks: Literal["delimiters", "blocks", "pairs"] = Field(
+        "delimiters", description="how active tokens are marked: <<word>>, Unicode blocks, or token and value"
+    )
+    shown: Positive = Field(8, description="examples that an explainer sees")
+    candidates: Positive = Field(2, description="explanations asked of the language model per latent and explainer")
+    clusters: Positive = Field(1, description="meanings that a polysemantic latent may be split into")
+    scorers: list[str] = Field(default_factory=lambda: ["detection", "fuzzing"], min_length=1)
+    positives: Positive = Field(20, description="active texts per latent and scorer")
+    negatives: Positive = Field(20, description="inactive texts per latent and scorer: near misses, siblings, randoms")
+    stop_at_stderr: Annotated[float, Field(ge=0)] = Field(
+        0, description="a latent is judged on no more texts once its score's standard error is this; 0: always on all"
+    )
+    random_directions: Annotated[int, Field(ge=0)] = Field(16, description="latents of the random-direction null")
+    batch_latents: Positive = Field(16, description="latents judged and committed together")
+
+
 class SAEVariant(Section):
     """One more SAE on the same pass: what it does not name is as in the run's own sections."""
 
@@ -360,6 +396,7 @@ class RunConfig(Section):
     judge: JudgeConfig = JudgeConfig()
     rlaif: RLAIFConfig = RLAIFConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    judging: JudgingConfig = JudgingConfig()
 
     @field_validator("name")
     @classmethod

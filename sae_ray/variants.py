@@ -29,7 +29,6 @@ OWN_TRAINER_KEYS = (
     *("lr", "warmup_steps", "decay", "decay_fraction", "lr_final"),
     *("optimizer", "weight_decay", "betas", "grad_clip", "autocast"),
 )
-JUDGED = ("batchtopk", "topk", "matryoshka", "jumprelu")
 
 SectionT = TypeVar("SectionT", bound=Section)
 
@@ -130,6 +129,8 @@ def _check_widths(spec: SAESpec, tp: int, where: str) -> None:
 
 def _check_judged(run: RunConfig) -> None:
     """Judges read where a latent of main is active at its hook point; not every SAE can be asked that yet."""
+    from sae_ray.sae.architectures import REGISTRY
+
     asked = [
         f"{key}: {value}"
         for key, value, on in (
@@ -138,9 +139,10 @@ def _check_judged(run: RunConfig) -> None:
         )
         if on
     ]
-    if asked and run.sae.architecture not in JUDGED:
+    judged = [name for name, kind in REGISTRY.items() if kind.judged]
+    if asked and run.sae.architecture not in judged:
         raise ValueError(
-            f"sae.architecture {run.sae.architecture} cannot be judged (only {', '.join(JUDGED)} can): "
+            f"sae.architecture {run.sae.architecture} cannot be judged (only {', '.join(judged)} can): "
             f"set {' and '.join(asked)}, or make it one of `saes` beside a main that can"
         )
     if asked and run.hook_out is not None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from sae_ray.errors import UserError
-from sae_ray.sae.selection import Alone, select_topk
-
-THRESHOLD_GATED = ("batchtopk", "matryoshka")
-ARCHITECTURES = ("batchtopk", "topk", "matryoshka", "jumprelu", "gated", "relu_l1")
+from sae_ray.sae.activation import Parameters
+from sae_ray.sae.architectures import kind_of
 
 
 @dataclass(frozen=True)
@@ -24,7 +21,8 @@ class TrainedSAE:
     Suffixes: D d_in, O d_out (equal to d_in unless it is a transcoder), M d_sae.
 
     threshold: 0-dim (the running one of the topk family; 0 where the gate has none) or [M] (jumprelu: a latent
-    passes strictly above it). k: 0 where it is not known. output_scale: None is input_scale.
+    passes strictly above it). k: 0 where it is not known. output_scale: None is input_scale. own: what the
+    architecture adds, [M] each (gated: r_mag and b_mag).
     """
 
     W_enc_MD: torch.Tensor
@@ -37,21 +35,14 @@ class TrainedSAE:
     input_scale: float = 1.0
     output_scale: float | None = None
     subtract_b_dec: bool = True
-    r_mag_M: torch.Tensor | None = None
-    b_mag_M: torch.Tensor | None = None
+    own: Parameters = field(default_factory=dict)
     margin: float = 0.0
     input_norm: str = "none"
 
     @classmethod
     def from_checkpoint(cls, tensors: dict[str, torch.Tensor], manifest: dict[str, Any]) -> TrainedSAE:
         """From what `trainer.checkpoint.load_full` returns."""
-        architecture = manifest["architecture"]
-        if architecture == "jumprelu":
-            threshold = tensors["theta"]
-        elif architecture in ("gated", "relu_l1"):
-            threshold = torch.zeros((), dtype=tensors["b_enc"].dtype)
-        else:
-            threshold = tensors["threshold"]
+        threshold, own = kind_of(manifest["architecture"]).trained(tensors)
         output_scale = manifest.get("output_scale")
         return cls(
             tensors["W_enc"],
@@ -59,13 +50,12 @@ class TrainedSAE:
             tensors["b_enc"],
             tensors["b_dec"],
             threshold,
-            architecture,
+            manifest["architecture"],
             int(manifest["k"]),
             float(manifest["input_scale"]),
             None if output_scale is None else float(output_scale),
             bool(manifest.get("subtract_b_dec", True)),
-            tensors["r_mag"] if architecture == "gated" else None,
-            tensors["b_mag"] if architecture == "gated" else None,
+            own,
             float(manifest.get("margin", 0.0)),
             manifest.get("input_norm", "none"),
         )
@@ -100,7 +90,7 @@ class TrainedSAE:
     def to(self, device: torch.device | str) -> TrainedSAE:
         own = vars(self).items()
         tensors: dict[str, Any] = {name: value.to(device) for name, value in own if isinstance(value, torch.Tensor)}
-        return replace(self, **tensors)
+        return replace(self, **tensors, own={name: value.to(device) for name, value in self.own.items()})
 
     def centred(self, raw_TD: torch.Tensor) -> torch.Tensor:
         """[T, D], what the encoder's rows are multiplied with."""
@@ -114,21 +104,13 @@ class TrainedSAE:
     @torch.no_grad()
     def encode(self, raw_TD: torch.Tensor) -> torch.Tensor:
         """Activations [T, M], zero where inactive; a token's do not depend on the other tokens."""
-        pre_TM = self.pre_activations(raw_TD)
-        value_TM = pre_TM
-        if self.architecture == "gated":
-            value_TM = self._magnitude(pre_TM, slice(None)).relu()
-        return torch.where(self._active(pre_TM), value_TM, 0)
+        return kind_of(self.architecture).encode(self, self.pre_activations(raw_TD))
 
     @torch.no_grad()
     def encode_latent(self, raw_TD: torch.Tensor, latent: int) -> torch.Tensor:
         """Activations [T] of one latent; topk is gated by its running threshold, which needs no other latent."""
         pre_T = self.centred(raw_TD) @ self.W_enc_MD[latent] + self.b_enc_M[latent]
-        if self.architecture == "gated":
-            return torch.where(pre_T > 0, self._magnitude(pre_T, latent).relu(), 0)
-        threshold = self.threshold.to(pre_T.dtype).expand(self.d_sae)[latent]
-        passes_T = pre_T > threshold if self.architecture == "jumprelu" else pre_T >= threshold
-        return torch.where(passes_T, pre_T.relu(), 0)
+        return kind_of(self.architecture).encode_alone(self, pre_T, latent)
 
     @torch.no_grad()
     def decode(self, f_TM: torch.Tensor) -> torch.Tensor:
@@ -137,27 +119,3 @@ class TrainedSAE:
 
     def reconstruct(self, raw_TD: torch.Tensor) -> torch.Tensor:
         return self.decode(self.encode(raw_TD))
-
-    def _magnitude(self, pre: torch.Tensor, latents: slice | int) -> torch.Tensor:
-        """The gated architecture's second path, from its first: both share the encoder's rows."""
-        assert self.r_mag_M is not None, "gated"
-        assert self.b_mag_M is not None, "gated"
-        return (pre - self.b_enc_M[latents]) * self.r_mag_M[latents].exp() + self.b_mag_M[latents]
-
-    def _active(self, pre_TM: torch.Tensor) -> torch.Tensor:
-        threshold = self.threshold.to(pre_TM.dtype)
-        if self.architecture in THRESHOLD_GATED:
-            return (pre_TM >= threshold) & (pre_TM > 0)
-        if self.architecture == "jumprelu":
-            return (pre_TM > threshold) & (pre_TM > 0)
-        if self.architecture in ("relu_l1", "gated"):
-            return pre_TM > 0
-        if self.architecture != "topk":
-            raise UserError(f"sae.architecture {self.architecture!r} is unknown; known: {', '.join(ARCHITECTURES)}")
-        if self.margin:
-            cut_T1 = pre_TM.topk(self.k, dim=1).values[:, -1:]
-            return (pre_TM >= cut_T1 - self.margin) & (pre_TM > 0)
-        gate = select_topk(pre_TM, self.k, Alone())
-        active_TM = torch.zeros_like(pre_TM, dtype=torch.bool)
-        active_TM[gate.rows_N, gate.cols_N] = True
-        return active_TM

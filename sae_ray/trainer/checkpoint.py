@@ -28,12 +28,12 @@ from sae_ray.tensor_file import buffers_of
 FORMAT = 2
 MANIFEST = "manifest.json"
 CREDIT = "credit."
-LATENT_AXIS_FIRST = frozenset({"W_enc", "W_dec", "b_enc", "theta", "r_mag", "b_mag", "silent", "dead"})
+OF_THE_WHOLE_SAE = frozenset({"b_dec", "threshold", "price"})  # all else is per latent
 
 
 def is_sharded(name: str) -> bool:
     """Whether the first axis of a state tensor is latents."""
-    return name.rsplit(".", 1)[-1] in LATENT_AXIS_FIRST
+    return name.rsplit(".", 1)[-1] not in OF_THE_WHOLE_SAE
 
 
 def home(cfg: RunConfig) -> str | Path:

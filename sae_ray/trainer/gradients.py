@@ -28,8 +28,6 @@ from sae_ray.sae.sparse import (
 from sae_ray.trainer.collectives import Collectives
 from sae_ray.trainer.reconstruction import Segment, decoder_gradient, segments
 
-LISTS_PAIRS = ("batchtopk", "topk", "matryoshka", "jumprelu")
-
 
 class Gradients(NamedTuple):
     """Of the global batch. b_dec's has two parts: one is still to be summed over tp."""
@@ -69,8 +67,7 @@ def gradients(
     coll: Collectives,
 ) -> tuple[Gradients, torch.Tensor]:
     """The gradients of the global batch for this shard, and how often each of its latents fired, [m]."""
-    lists_pairs = architecture.name in LISTS_PAIRS
-    if lists_pairs:
+    if architecture.lists_pairs:
         flow = exchange(flow, context.shard.global_rows, len(W_enc_mD), coll)
     active = flow.active
     codes = active.codes
@@ -89,7 +86,7 @@ def gradients(
         slopes.parameters,
     )
     fired_m = sum_scalars_by_latent(codes, (codes.vals_N > 0).to(codes.vals_N.dtype))
-    if not lists_pairs:
+    if not architecture.lists_pairs:
         for tensor in (*found[:-1], *found.own.values(), fired_m):
             coll.sum_dp(tensor)
     return found, fired_m
@@ -134,6 +131,29 @@ def exchange(flow: Flow, n_tokens: int, n_latents: int, coll: Collectives) -> Fl
     )
 
 
+def dead_in_turn(dead_m: torch.Tensor, n_dead: int, pool: int, first_latent: int, step: int) -> torch.Tensor:
+    """This shard's dead latents that AuxK may choose from in this step, int64: about `pool` of all shards'.
+
+    Reading and ranking the pre-activations of thousands would cost up to a fifth of the step, and a token revives no
+    more than `aux_k`. Whether a latent is drawn depends on its id and the step alone, so that the mesh does not matter.
+
+    Args:
+        dead_m: bool, of this shard. n_dead: those of all shards.
+    """
+    if n_dead <= pool:
+        return torch.nonzero(dead_m).view(-1)
+    latent_m = torch.arange(first_latent, first_latent + len(dead_m), device=dead_m.device)
+    return torch.nonzero(dead_m & (_uniform(latent_m, step) < pool / n_dead)).view(-1)
+
+
+def _uniform(index_m: torch.Tensor, step: int) -> torch.Tensor:
+    """A number in [0, 1) for each index, new for every step: murmur3's finaliser on 32 bits."""
+    bits = (index_m * 0x9E3779B1 + step * 0x85EBCA6B) & 0xFFFFFFFF
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        bits = ((bits ^ (bits >> shift)) * factor) & 0xFFFFFFFF
+    return (bits ^ (bits >> 16)).double() / 2**32
+
+
 def add_aux_k(
     grads: Gradients,
     residual_bO: torch.Tensor,
@@ -152,7 +172,7 @@ def add_aux_k(
 
     Args:
         encoder: has watched `dead` in this step's product.
-        dead: this shard's dead latents, int64. n_dead: those of all shards.
+        dead: what `dead_in_turn` gave. n_dead: the dead latents of all shards.
     Returns:
         The loss over this dp rank's tokens, 0-dim.
     """

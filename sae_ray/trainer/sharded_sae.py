@@ -193,7 +193,11 @@ class ShardedTrainer:
         """Gradients of this shard, which of its latents fired, this dp rank's sums, and y_hat - y."""
         n = context.shard.global_rows
         target = Target(y_bO, self.W_dec_mD, self.b_dec_D, centred_power(y_bO, n, self.collectives.sum_dp))
-        dead = torch.nonzero(self.dead_m).view(-1) if self.n_dead and self.sae.aux_k else None
+        dead = None
+        if self.n_dead and self.sae.aux_k:
+            dead = backward.dead_in_turn(
+                self.dead_m, self.n_dead, self.sae.aux_pool, self.first_latent, self.steps_done
+            )
         encoder = self._encoder(x_bD)._replace(watch_n=dead)
         active = self.architecture.forward(encoder, self.own, context)
         found = reconstruct(segments(active.codes, self.bounds), active.codes, target, self.collectives)
@@ -362,7 +366,7 @@ class ShardedTrainer:
         return named | self.own
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Everything the next step depends on; see `checkpoint.LATENT_AXIS_FIRST` for what is sharded."""
+        """Everything the next step depends on; see `checkpoint.is_sharded`."""
         counts = {"threshold": self.threshold, "price": self.price, "silent": self.silent_m, "dead": self.dead_m}
         return {**self.parameters(), **counts, **self.optimiser.state()}
 

@@ -2,7 +2,7 @@
 
 A latent's activation may be rescaled if its encoder row, bias and threshold grow by what its decoder row shrinks;
 the SAE stays the same function. That is how unit decoder rows are reached. Where latents are ranked against each
-other (topk, batchtopk, matryoshka) all of them must be rescaled alike, or the ranking would change.
+other (`Architecture.ranks`) all of them must be rescaled alike, or the ranking would change.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sae_ray.config import TOPK_FAMILY
 from sae_ray.errors import UserError
 from sae_ray.sae.inference import TrainedSAE
 
@@ -50,11 +49,11 @@ def warm_start(trainer: ShardedTrainer, sae: TrainedSAE) -> None:
     threshold_M = sae.threshold.double().expand(sae.d_sae) * size_M
     if "theta" in trainer.own:
         trainer.own["theta"].copy_(threshold_M[rows])
-    elif trainer.sae.architecture in TOPK_FAMILY:
+    elif trainer.architecture.ranks:
         trainer.threshold.copy_(threshold_M.mean())
-    if sae.r_mag_M is not None and sae.b_mag_M is not None:
-        trainer.own["r_mag"].copy_(sae.r_mag_M[rows])
-        trainer.own["b_mag"].copy_(sae.b_mag_M[rows].double() * size_m)
+    if "b_mag" in sae.own:
+        trainer.own["r_mag"].copy_(sae.own["r_mag"][rows])
+        trainer.own["b_mag"].copy_(sae.own["b_mag"][rows].double() * size_m)
 
 
 def _row_scales(trainer: ShardedTrainer, W_dec_MO: torch.Tensor, name: str) -> torch.Tensor:
@@ -65,7 +64,7 @@ def _row_scales(trainer: ShardedTrainer, W_dec_MO: torch.Tensor, name: str) -> t
     if float(norm_M.min()) == 0:
         raise UserError(f"{name}: latent {int(norm_M.argmin())} has a decoder row of zeros; set sae.decoder_norm: free")
     spread = float((norm_M.max() - norm_M.min()) / norm_M.mean())
-    if trainer.sae.architecture in TOPK_FAMILY:
+    if trainer.architecture.ranks:
         if spread > EQUAL_NORMS:
             raise UserError(
                 f"{name}: its decoder rows have norms from {float(norm_M.min()):.3g} to {float(norm_M.max()):.3g}, and "

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from sae_ray.sae.inference import ARCHITECTURES, TrainedSAE
+from sae_ray.sae.architectures import REGISTRY
+from sae_ray.sae.inference import TrainedSAE
 
 D, M, OUT, K = 12, 40, 7, 5
 
@@ -20,7 +21,7 @@ def small_sae(
     margin: float = 0.0,
 ) -> TrainedSAE:
     """An SAE with unit decoder rows; with `d_out` a transcoder with an output scale of its own."""
-    generator = torch.Generator().manual_seed(ARCHITECTURES.index(architecture))
+    generator = torch.Generator().manual_seed(list(REGISTRY).index(architecture))
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
@@ -42,8 +43,7 @@ def small_sae(
         input_scale,
         None if d_out is None else 0.83,
         subtract_b_dec and d_out is None,
-        normal(M) / 3 if gated else None,
-        normal(M) / 9 if gated else None,
+        {"r_mag": normal(M) / 3, "b_mag": normal(M) / 9} if gated else {},
         margin,
         "sqrt_d",
     )
@@ -54,6 +54,5 @@ def raw_activations(n: int = 64) -> torch.Tensor:
 
 
 def as_double(sae: TrainedSAE) -> TrainedSAE:
-    return replace(
-        sae, **{name: value.double() for name, value in vars(sae).items() if isinstance(value, torch.Tensor)}
-    )
+    tensors = {name: value.double() for name, value in vars(sae).items() if isinstance(value, torch.Tensor)}
+    return replace(sae, **tensors, own={name: value.double() for name, value in sae.own.items()})

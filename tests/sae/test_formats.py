@@ -13,17 +13,18 @@ from safetensors.torch import load_file, save_file
 from small_saes import OUT, K, M, raw_activations, small_sae
 
 from sae_ray.errors import UserError
+from sae_ray.sae.architectures import REGISTRY
 from sae_ray.sae.formats import FORMATS, Provenance, detect, export_sae, export_saelens, import_sae, read_sae
-from sae_ray.sae.inference import ARCHITECTURES, TrainedSAE
+from sae_ray.sae.inference import TrainedSAE
 
 WHERE = Provenance("a-model", "blocks.3.hook_resid_post", 128, "a-corpus")
 OUT_WHERE = replace(WHERE, hook_out="blocks.3.hook_mlp_out")
 JUMPING = ("batchtopk", "matryoshka", "jumprelu")
 # What each format can express: (architecture, transcoder).
 EXPRESSES = {
-    "saelens": [(name, False) for name in ARCHITECTURES] + [(name, True) for name in (*JUMPING, "relu_l1")],
+    "saelens": [(name, False) for name in REGISTRY] + [(name, True) for name in (*JUMPING, "relu_l1")],
     "sparsify": [("topk", False)],
-    "dictionary_learning": [(name, False) for name in ARCHITECTURES],
+    "dictionary_learning": [(name, False) for name in REGISTRY],
     "gemma_scope": [(name, transcoder) for name in (*JUMPING, "relu_l1") for transcoder in (False, True)],
 }
 EVERY = [(format, *case) for format, cases in EXPRESSES.items() for case in cases]
@@ -130,7 +131,7 @@ def test_an_export_reads_back_as_the_sae_that_was_trained(format, architecture, 
     sae, raw = small_sae(architecture, d_out=OUT if transcoder else None), raw_activations()
     again, provenance = read_sae(export(sae, tmp_path, format))
     for name, value in vars(sae).items():
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor | dict):
             torch.testing.assert_close(getattr(again, name), value, rtol=2e-6, atol=2e-6)
         else:
             assert getattr(again, name) == value, name

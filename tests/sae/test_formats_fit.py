@@ -10,8 +10,8 @@ from small_saes import OUT, D, M, raw_activations, small_sae
 
 from sae_ray.config import SAEConfig
 from sae_ray.errors import UserError
+from sae_ray.sae.architectures import REGISTRY
 from sae_ray.sae.formats import check_fits
-from sae_ray.sae.inference import ARCHITECTURES
 
 
 def config(architecture: str = "batchtopk", **changes) -> SAEConfig:
@@ -41,7 +41,7 @@ def test_an_sae_that_does_not_fit_says_what_to_write(sae, cfg, widths, said):
         check_fits(sae, cfg, *widths)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", REGISTRY)
 @pytest.mark.parametrize("centred", [True, False])
 def test_the_form_it_starts_in_computes_the_same(architecture, centred):
     raw = raw_activations()

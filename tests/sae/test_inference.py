@@ -9,12 +9,13 @@ import torch
 from small_saes import OUT, D, M, as_double, raw_activations, small_sae
 
 from sae_ray.errors import UserError
-from sae_ray.sae.inference import ARCHITECTURES, TrainedSAE
+from sae_ray.sae.architectures import REGISTRY
+from sae_ray.sae.inference import TrainedSAE
 
 CASES = [
-    *((name, {}) for name in ARCHITECTURES),
-    *((name, {"d_out": OUT}) for name in ARCHITECTURES),
-    *((name, {"subtract_b_dec": False}) for name in ARCHITECTURES),
+    *((name, {}) for name in REGISTRY),
+    *((name, {"d_out": OUT}) for name in REGISTRY),
+    *((name, {"subtract_b_dec": False}) for name in REGISTRY),
     ("topk", {"margin": 0.4}),
 ]
 
@@ -27,9 +28,8 @@ def activations_of_token(sae: TrainedSAE, raw: list[float]) -> list[float]:
     dots = [sum(w * value for w, value in zip(row, x, strict=True)) for row in rows]
     pre = [dot + b for dot, b in zip(dots, bias, strict=True)]
     if sae.architecture == "gated":
-        assert sae.r_mag_M is not None
-        assert sae.b_mag_M is not None
-        mag = [d * math.exp(r) + b for d, r, b in zip(dots, sae.r_mag_M.tolist(), sae.b_mag_M.tolist(), strict=True)]
+        r_mag, b_mag = sae.own["r_mag"].tolist(), sae.own["b_mag"].tolist()
+        mag = [d * math.exp(r) + b for d, r, b in zip(dots, r_mag, b_mag, strict=True)]
         return [max(m, 0.0) if p > 0 else 0.0 for p, m in zip(pre, mag, strict=True)]
     threshold = sae.threshold.expand(len(pre)).tolist()
     if sae.architecture == "topk":
@@ -56,7 +56,7 @@ def test_encode_and_decode_are_the_definition(architecture, options):
     assert sae.reconstruct(raw_TD).shape == (8, options.get("d_out") or D)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", REGISTRY)
 def test_one_latent_alone_is_its_column(architecture):
     sae, raw_TD = small_sae(architecture), raw_activations()
     f_TM = sae.encode(raw_TD)
@@ -84,7 +84,7 @@ def test_ties_of_a_topk_go_to_the_first_latents():
     assert sae.encode(torch.ones(1, 1)).tolist() == [[1.0, 1.0, 0.0, 0.0]]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", REGISTRY)
 def test_a_checkpoint_of_each_architecture_is_read(architecture):
     sae = small_sae(architecture, d_out=OUT)
     tensors = {
@@ -97,7 +97,7 @@ def test_a_checkpoint_of_each_architecture_is_read(architecture):
     if architecture == "jumprelu":
         tensors |= {"theta": sae.threshold}
     if architecture == "gated":
-        tensors |= {"r_mag": sae.r_mag_M, "b_mag": sae.b_mag_M}
+        tensors |= sae.own
     manifest = {"architecture": architecture, "k": 5, "input_scale": 0.31, "output_scale": 0.83}
     manifest |= {"subtract_b_dec": False, "margin": 0.0, "input_norm": "sqrt_d"}
     again = TrainedSAE.from_checkpoint(tensors, manifest)

@@ -20,6 +20,7 @@ D_IN, D_OUT, BATCH, STEPS, D_SAE, SEED = 12, 9, 40, 20, 48, 7
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "batchtopk": ({"architecture": "batchtopk"}, {}, False),
     "topk": ({"architecture": "topk"}, {}, False),
+    "topk-aux-pool": ({"architecture": "topk", "aux_pool": 5, "aux_k": 2}, {}, False),
     "topk-margin": ({"architecture": "topk", "margin": 0.3}, {}, False),
     "matryoshka": ({"architecture": "matryoshka", "groups": [0.2, 0.5, 1.0]}, {}, False),
     "jumprelu": ({"architecture": "jumprelu", "threshold_lr": 3}, {}, False),

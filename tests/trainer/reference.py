@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from sae_ray.config import SAEConfig, TrainerConfig
+from sae_ray.trainer.gradients import dead_in_turn
 from sae_ray.trainer.schedule import active_latents, learning_rate, sparsity_coefficient
 
 TOPK_FAMILY = ("topk", "batchtopk", "matryoshka")
@@ -148,7 +149,9 @@ class ReferenceSAE:
             return torch.zeros((), dtype=error.dtype)
         left = error.detach()
         k = min(self.sae.aux_k, n_dead)
-        dead_pre = pre_BM.masked_fill(~self.dead, -torch.inf)
+        may = torch.zeros_like(self.dead)
+        may[dead_in_turn(self.dead, n_dead, self.sae.aux_pool, 0, self.steps)] = True
+        dead_pre = pre_BM.masked_fill(~may, -torch.inf)
         mask = torch.stack([first_largest(row, k) for row in dead_pre.detach()])
         guess = (pre_BM * mask) @ self.p["W_dec"]
         aux = (left - guess).square().sum() / (left - left.mean(0)).square().sum()

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from sae_ray.config import SAEConfig
 from sae_ray.sae import triton_forward
 from sae_ray.sae.activation import Active, Parameters, StepContext
-from sae_ray.sae.architectures.topk import TopKFamily
+from sae_ray.sae.architectures.topk import TopK
 from sae_ray.sae.encoder import Encoder, batch_candidates
 from sae_ray.sae.selection import Gate, SelectionCollectives, keep_batch_topk, select_above
 from sae_ray.sae.sparse import Codes
 
+if TYPE_CHECKING:
+    from sae_ray.sae.inference import TrainedSAE
 
-@dataclass(frozen=True)
-class BatchTopK(TopKFamily):
+
+class BatchTopK(TopK):
     """Training keeps the k*B largest of the batch; inference keeps what reaches the running threshold."""
 
     name: ClassVar[str] = "batchtopk"
-    cfg: SAEConfig
 
     def forward(self, encoder: Encoder, parameters: Parameters, context: StepContext) -> Active:
         if triton_forward.usable(encoder, context):
@@ -34,8 +33,11 @@ class BatchTopK(TopKFamily):
     def infer_gate(self, pre_Bm: torch.Tensor, threshold: torch.Tensor, collectives: SelectionCollectives) -> Gate:
         return select_above(pre_Bm, threshold)
 
+    @classmethod
+    def encode(cls, sae: TrainedSAE, pre_TM: torch.Tensor) -> torch.Tensor:
+        return cls.encode_alone(sae, pre_TM, slice(None))
 
-@dataclass(frozen=True)
+
 class Matryoshka(BatchTopK):
     """BatchTopK whose first latents must reconstruct alone, at several lengths: general before specific."""
 

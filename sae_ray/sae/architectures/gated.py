@@ -8,35 +8,27 @@ The penalty is on the gate, so the magnitudes are not shrunk; the second reconst
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from sae_ray.config import SAEConfig
 from sae_ray.sae.activation import Active, Parameters, Regular, Slopes, StepContext, Target
+from sae_ray.sae.architectures.relu import ReLU
 from sae_ray.sae.encoder import Encoder
-from sae_ray.sae.selection import Gate, SelectionCollectives, select_above
 from sae_ray.sae.sparse import codes_of, decode, dot_pairs, on_support, per_pair, sum_scalars_by_latent
 from sae_ray.sae.sparsity import penalty
 
+if TYPE_CHECKING:
+    from sae_ray.sae.inference import TrainedSAE
 
-@dataclass(frozen=True)
-class Gated:
+
+class Gated(ReLU):
     """Parameters: `r_mag` and `b_mag`, [m] each. b_enc is the gate's bias."""
 
     name: ClassVar[str] = "gated"
-    cfg: SAEConfig
-
-    @property
-    def prefixes(self) -> list[int]:
-        return [self.cfg.d_sae]
 
     def new_parameters(self, m: int, dtype: torch.dtype, device: torch.device) -> Parameters:
         return {name: torch.zeros(m, dtype=dtype, device=device) for name in ("r_mag", "b_mag")}
-
-    def start(self, encoder: Encoder, parameters: Parameters, context: StepContext) -> None:
-        return None
 
     def forward(self, encoder: Encoder, parameters: Parameters, context: StepContext) -> Active:
         gate_Bm = encoder.pre_activations()
@@ -72,5 +64,12 @@ class Gated:
         }
         return Slopes(d_mag_N * scale_N + d_gate_N, d_gate_N, own_gradients)
 
-    def infer_gate(self, pre_Bm: torch.Tensor, threshold: torch.Tensor, collectives: SelectionCollectives) -> Gate:
-        return select_above(pre_Bm, torch.zeros_like(threshold))
+    @staticmethod
+    def trained(tensors: Parameters) -> tuple[torch.Tensor, Parameters]:
+        threshold = torch.zeros((), dtype=tensors["b_enc"].dtype)
+        return threshold, {name: tensors[name] for name in ("r_mag", "b_mag")}
+
+    @classmethod
+    def encode_alone(cls, sae: TrainedSAE, pre: torch.Tensor, latents: slice | int) -> torch.Tensor:
+        magnitude = (pre - sae.b_enc_M[latents]) * sae.own["r_mag"][latents].exp() + sae.own["b_mag"][latents]
+        return torch.where(pre > 0, magnitude.relu(), 0)

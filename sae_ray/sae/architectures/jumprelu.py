@@ -9,29 +9,25 @@ number of active pairs, which the trainer raises while L0 is above the target an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from sae_ray.config import SAEConfig
 from sae_ray.sae.activation import Active, Parameters, Regular, Slopes, StepContext, Target
+from sae_ray.sae.architectures.base import Architecture
 from sae_ray.sae.architectures.relu import activation_penalty
 from sae_ray.sae.encoder import Encoder, batch_candidates, pairs_above
 from sae_ray.sae.selection import Gate, SelectionCollectives, keep_batch_topk
 from sae_ray.sae.sparse import Codes, per_pair, sum_scalars_by_latent
 
+if TYPE_CHECKING:
+    from sae_ray.sae.inference import TrainedSAE
 
-@dataclass(frozen=True)
-class JumpReLU:
+
+class JumpReLU(Architecture):
     """Parameter: `theta`, [m]. The kernel's width eps is a share of each threshold."""
 
     name: ClassVar[str] = "jumprelu"
-    cfg: SAEConfig
-
-    @property
-    def prefixes(self) -> list[int]:
-        return [self.cfg.d_sae]
 
     def new_parameters(self, m: int, dtype: torch.dtype, device: torch.device) -> Parameters:
         return {"theta": torch.zeros(m, dtype=dtype, device=device)}
@@ -74,3 +70,12 @@ class JumpReLU:
     def infer_gate(self, pre_Bm: torch.Tensor, threshold: torch.Tensor, collectives: SelectionCollectives) -> Gate:
         rows_N, cols_N = torch.nonzero((pre_Bm > threshold) & (pre_Bm > 0), as_tuple=True)
         return Gate(rows_N, cols_N, threshold)
+
+    @staticmethod
+    def trained(tensors: Parameters) -> tuple[torch.Tensor, Parameters]:
+        return tensors["theta"], {}
+
+    @classmethod
+    def encode_alone(cls, sae: TrainedSAE, pre: torch.Tensor, latents: slice | int) -> torch.Tensor:
+        threshold = sae.threshold.to(pre.dtype).expand(sae.d_sae)[latents]
+        return torch.where(pre > threshold, pre.relu(), 0)

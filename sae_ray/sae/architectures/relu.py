@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from sae_ray.config import SAEConfig
-from sae_ray.sae.activation import Active, Parameters, Regular, Slopes, StepContext, Target
+from sae_ray.sae.activation import Active, Parameters, Regular, StepContext, Target
+from sae_ray.sae.architectures.base import Architecture
 from sae_ray.sae.encoder import Encoder
 from sae_ray.sae.selection import Gate, SelectionCollectives, select_above
 from sae_ray.sae.sparse import codes_of
 from sae_ray.sae.sparsity import penalty
 
+if TYPE_CHECKING:
+    from sae_ray.config import SAEConfig
 
-@dataclass(frozen=True)
-class ReLU:
+
+class ReLU(Architecture):
     name: ClassVar[str] = "relu_l1"
-    cfg: SAEConfig
+    lists_pairs: ClassVar[bool] = False
+    judged: ClassVar[bool] = False
 
-    @property
-    def prefixes(self) -> list[int]:
-        return [self.cfg.d_sae]
-
-    def new_parameters(self, m: int, dtype: torch.dtype, device: torch.device) -> Parameters:
-        return {}
-
-    def start(self, encoder: Encoder, parameters: Parameters, context: StepContext) -> None:
-        return None
+    @classmethod
+    def check(cls, cfg: SAEConfig) -> None:
+        if not cfg.sparsity_coef:
+            raise ValueError(f"sae.architecture {cls.name} needs sae.sparsity_coef above 0")
 
     def forward(self, encoder: Encoder, parameters: Parameters, context: StepContext) -> Active:
         pre_Bm = encoder.pre_activations()
@@ -37,11 +34,6 @@ class ReLU:
 
     def regularise(self, active: Active, context: StepContext, target: Target) -> Regular | None:
         return activation_penalty(self.cfg, active, context, target)
-
-    def backward(
-        self, active: Active, d_f_N: torch.Tensor, d_gate_N: torch.Tensor | None, own: Parameters, context: StepContext
-    ) -> Slopes:
-        return Slopes(d_f_N, d_f_N, {})
 
     def infer_gate(self, pre_Bm: torch.Tensor, threshold: torch.Tensor, collectives: SelectionCollectives) -> Gate:
         return select_above(pre_Bm, torch.zeros_like(threshold))

@@ -6,47 +6,30 @@ are not decided by noise, and k becomes the least number instead of the only one
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from sae_ray.config import SAEConfig
 from sae_ray.sae import triton_forward
-from sae_ray.sae.activation import Active, Parameters, Slopes, StepContext
+from sae_ray.sae.activation import Active, Parameters, StepContext
+from sae_ray.sae.architectures.base import Architecture
 from sae_ray.sae.encoder import Encoder, top_of, top_rows
-from sae_ray.sae.selection import Gate, SelectionCollectives, keep_topk, select_topk
+from sae_ray.sae.selection import Alone, Gate, SelectionCollectives, keep_topk, select_topk
 from sae_ray.sae.sparse import Codes
 
-
-class TopKFamily:
-    """What the architectures that rank pre-activations share: no parameters, no further loss, slope 1 if active."""
-
-    cfg: SAEConfig
-
-    @property
-    def prefixes(self) -> list[int]:
-        return [self.cfg.d_sae]
-
-    def new_parameters(self, m: int, dtype: torch.dtype, device: torch.device) -> Parameters:
-        return {}
-
-    def start(self, encoder: Encoder, parameters: Parameters, context: StepContext) -> None:
-        return None
-
-    def regularise(self, active: Active, context: StepContext, target: object) -> None:
-        return None
-
-    def backward(
-        self, active: Active, d_f_N: torch.Tensor, d_gate_N: torch.Tensor | None, own: Parameters, context: StepContext
-    ) -> Slopes:
-        return Slopes(d_f_N, d_f_N, {})
+if TYPE_CHECKING:
+    from sae_ray.config import SAEConfig
+    from sae_ray.sae.inference import TrainedSAE
 
 
-@dataclass(frozen=True)
-class TopK(TopKFamily):
+class TopK(Architecture):
     name: ClassVar[str] = "topk"
-    cfg: SAEConfig
+    ranks: ClassVar[bool] = True
+
+    @classmethod
+    def check(cls, cfg: SAEConfig) -> None:
+        if cfg.sparsity_coef:
+            raise ValueError(f"sae.sparsity_coef is for relu_l1, gated and jumprelu; {cls.name} has its k")
 
     def forward(self, encoder: Encoder, parameters: Parameters, context: StepContext) -> Active:
         k, shape = context.k, (len(encoder.centred_BD), len(encoder.b_m))
@@ -62,9 +45,24 @@ class TopK(TopKFamily):
         return Active(Codes.from_pairs(encoder.widened(pairs), *shape), threshold)
 
     def infer_gate(self, pre_Bm: torch.Tensor, threshold: torch.Tensor, collectives: SelectionCollectives) -> Gate:
-        if self.cfg.margin:
-            return select_within_margin(pre_Bm, self.cfg.k, self.cfg.margin, collectives)
-        return select_topk(pre_Bm, self.cfg.k, collectives)
+        return _gate(pre_Bm, self.cfg.k, self.cfg.margin, collectives)
+
+    @staticmethod
+    def trained(tensors: Parameters) -> tuple[torch.Tensor, Parameters]:
+        return tensors["threshold"], {}
+
+    @classmethod
+    def encode(cls, sae: TrainedSAE, pre_TM: torch.Tensor) -> torch.Tensor:
+        gate = _gate(pre_TM, sae.k, sae.margin, Alone())
+        f_TM = torch.zeros_like(pre_TM)
+        f_TM[gate.rows_N, gate.cols_N] = pre_TM[gate.rows_N, gate.cols_N]
+        return f_TM
+
+
+def _gate(pre_Bm: torch.Tensor, k: int, margin: float, collectives: SelectionCollectives) -> Gate:
+    if margin:
+        return select_within_margin(pre_Bm, k, margin, collectives)
+    return select_topk(pre_Bm, k, collectives)
 
 
 def select_within_margin(pre_Bm: torch.Tensor, k: int, margin: float, collectives: SelectionCollectives) -> Gate:

@@ -14,9 +14,9 @@ import torch
 
 from sae_ray.errors import UserError
 from sae_ray.sae.formats.files import Shapes, allow, checked, read_json, read_state_dict, write_json
-from sae_ray.sae.formats.notes import KEY, Format, Found, Provenance, notes_of, restored
+from sae_ray.sae.formats.notes import KEY, THRESHOLD_GATED, Format, Found, Provenance, notes_of, restored
 from sae_ray.sae.formats.rewrite import just_above, just_below, recentred, rescaled, with_unit_rows
-from sae_ray.sae.inference import THRESHOLD_GATED, TrainedSAE
+from sae_ray.sae.inference import TrainedSAE
 from sae_ray.storage import LocalStorage
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
@@ -69,6 +69,8 @@ CLASSES = {
 def refusal(sae: TrainedSAE, transcoder: bool) -> str | None:
     if transcoder:
         return "a transcoder"
+    if sae.architecture not in {known.architecture for known in CLASSES.values()}:
+        return f"a {sae.architecture}"
     if sae.architecture == "topk" and sae.margin:
         return f"a topk with a margin ({sae.margin:g})"
     return None
@@ -86,8 +88,8 @@ def write(sae: TrainedSAE, folder: Path, provenance: Provenance) -> None:
         kind.b_enc: plain.b_enc_M,
         kind.b_dec: plain.b_dec_D,
     }
-    if plain.r_mag_M is not None and plain.b_mag_M is not None:
-        tensors |= {"r_mag": plain.r_mag_M, "mag_bias": plain.b_mag_M}
+    if sae.architecture == "gated":
+        tensors |= {"r_mag": plain.own["r_mag"], "mag_bias": plain.own["b_mag"]}
     if "threshold" in kind.shapes:
         threshold = plain.threshold.float()
         tensors["threshold"] = just_below(threshold) if kind.architecture in THRESHOLD_GATED else threshold
@@ -150,8 +152,7 @@ def _sae(kind: DictClass, tensors: dict[str, torch.Tensor], weights_file: Path) 
         kind.architecture,
         k,
         subtract_b_dec=kind.centred,
-        r_mag_M=tensors.get("r_mag"),
-        b_mag_M=tensors.get("mag_bias"),
+        own={"r_mag": tensors["r_mag"], "b_mag": tensors["mag_bias"]} if kind.architecture == "gated" else {},
     )
 
 

@@ -10,7 +10,17 @@ import re
 from pathlib import Path
 
 from sae_ray.sae.formats.files import Shapes, as_npz, checked, read_npz
-from sae_ray.sae.formats.notes import FILE, Format, Found, Provenance, notes_of, read_notes, restored, write_notes
+from sae_ray.sae.formats.notes import (
+    FILE,
+    THRESHOLD_GATED,
+    Format,
+    Found,
+    Provenance,
+    notes_of,
+    read_notes,
+    restored,
+    write_notes,
+)
 from sae_ray.sae.formats.rewrite import just_below, recentred, rescaled
 from sae_ray.sae.inference import TrainedSAE
 from sae_ray.storage import LocalStorage
@@ -28,7 +38,7 @@ L0_OF_FOLDER = r"average_l0_(\d+)"
 
 
 def refusal(sae: TrainedSAE, transcoder: bool) -> str | None:
-    if sae.architecture in ("topk", "gated"):
+    if sae.architecture not in (*THRESHOLD_GATED, "jumprelu", "relu_l1"):
         return f"a {sae.architecture} (it knows jumprelu only)"
     return None
 

@@ -17,9 +17,10 @@ import torch
 from sae_ray.errors import UserError
 from sae_ray.sae.formats.files import read_json, write_json
 from sae_ray.sae.formats.rewrite import just_above, recentred, rescaled
-from sae_ray.sae.inference import THRESHOLD_GATED, TrainedSAE
+from sae_ray.sae.inference import TrainedSAE
 
 KEY, FILE = "sae_ray", "sae_ray.json"
+THRESHOLD_GATED = ("batchtopk", "matryoshka")  # ours whose gate at inference is one threshold for all latents
 
 
 @dataclass(frozen=True)

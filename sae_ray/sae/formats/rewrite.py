@@ -5,10 +5,12 @@ Formats differ in what they can write down, not in what they compute, so an expo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
+from sae_ray.sae.activation import Parameters
 from sae_ray.sae.inference import TrainedSAE
 
 
@@ -30,7 +32,7 @@ def rescaled(
         b_enc_M=sae.b_enc_M * activation_factor,
         b_dec_D=sae.b_dec_D * bias,
         threshold=sae.threshold * activation_factor,
-        b_mag_M=None if sae.b_mag_M is None else sae.b_mag_M * activation_factor,
+        own=_with_b_mag(sae, lambda b_mag_M: b_mag_M * activation_factor),
         margin=sae.margin * activation_factor,
         input_scale=input_scale,
         output_scale=output_scale,
@@ -46,11 +48,9 @@ def recentred(sae: TrainedSAE, subtract_b_dec: bool) -> TrainedSAE:
         return sae
     # float64: the two terms may be far larger than their difference.
     shift_M = sae.W_enc_MD.double() @ sae.b_dec_D.double() * (1 if subtract_b_dec else -1)
-    b_mag_M = sae.b_mag_M
-    if b_mag_M is not None and sae.r_mag_M is not None:
-        b_mag_M = (b_mag_M + shift_M * sae.r_mag_M.double().exp()).to(b_mag_M.dtype)
+    own = _with_b_mag(sae, lambda b_mag_M: (b_mag_M + shift_M * sae.own["r_mag"].double().exp()).to(b_mag_M.dtype))
     b_enc_M = (sae.b_enc_M + shift_M).to(sae.b_enc_M.dtype)
-    return replace(sae, b_enc_M=b_enc_M, b_mag_M=b_mag_M, subtract_b_dec=subtract_b_dec)
+    return replace(sae, b_enc_M=b_enc_M, own=own, subtract_b_dec=subtract_b_dec)
 
 
 def with_unit_rows(sae: TrainedSAE) -> TrainedSAE:
@@ -66,9 +66,14 @@ def with_unit_rows(sae: TrainedSAE) -> TrainedSAE:
         W_enc_MD=sae.W_enc_MD * norm_M[:, None],
         W_dec_MD=sae.W_dec_MD / norm_M[:, None],
         b_enc_M=sae.b_enc_M * norm_M,
-        b_mag_M=None if sae.b_mag_M is None else sae.b_mag_M * norm_M,
+        own=_with_b_mag(sae, lambda b_mag_M: b_mag_M * norm_M),
         threshold=sae.threshold * norm_M if sae.threshold.ndim else sae.threshold,
     )
+
+
+def _with_b_mag(sae: TrainedSAE, change: Callable[[torch.Tensor], torch.Tensor]) -> Parameters:
+    """Own parameters after a change of what activations are measured in: a gated SAE's second bias is one."""
+    return sae.own | {name: change(value) for name, value in sae.own.items() if name == "b_mag"}
 
 
 def just_below(threshold: torch.Tensor) -> torch.Tensor:

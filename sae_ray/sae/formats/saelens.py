@@ -49,6 +49,8 @@ KINDS: dict[str, tuple[str, Shapes]] = {
 
 
 def refusal(sae: TrainedSAE, transcoder: bool) -> str | None:
+    if sae.architecture not in {ours for ours, _ in KINDS.values()}:
+        return f"a {sae.architecture}"
     if sae.architecture == "topk" and sae.margin:
         return f"a topk with a margin ({sae.margin:g})"
     if transcoder and sae.architecture in ("topk", "gated"):
@@ -63,8 +65,8 @@ def write(sae: TrainedSAE, folder: Path, provenance: Provenance) -> None:
     if transcoder:
         kind = {"standard": "transcoder", "jumprelu": "jumprelu_transcoder"}[kind]
     tensors = {"W_enc": plain.W_enc_MD.T, "W_dec": plain.W_dec_MD, "b_dec": plain.b_dec_D}
-    if plain.r_mag_M is not None and plain.b_mag_M is not None:
-        tensors |= {"b_gate": plain.b_enc_M, "b_mag": plain.b_mag_M, "r_mag": plain.r_mag_M}
+    if sae.architecture == "gated":
+        tensors |= {"b_gate": plain.b_enc_M, **plain.own}
     else:
         tensors["b_enc"] = plain.b_enc_M
     if "threshold" in KINDS[kind][1]:
@@ -148,8 +150,7 @@ def _sae(kind: str, config: dict[str, Any], config_file: Path, tensors: dict[str
         KINDS[kind][0],
         k,
         subtract_b_dec="transcoder" not in kind and bool(config.get("apply_b_dec_to_input", True)),
-        r_mag_M=tensors.get("r_mag"),
-        b_mag_M=tensors.get("b_mag"),
+        own={name: tensors[name] for name in ("r_mag", "b_mag") if name in tensors},
     )
 
 
