@@ -176,7 +176,7 @@ class SAEConfig(Section):
     )
     aux_coef: Annotated[float, Field(ge=0)] = 1 / 32
     aux_pool: Positive = Field(
-        1024, description="dead latents that AuxK chooses from in one step: about as many, drawn anew each step"
+        512, description="dead latents that AuxK chooses from in one step: about as many, drawn anew each step"
     )
     dead_after_tokens: Positive = Field(100_000, description="a latent silent for this many tokens is dead")
     resample_every: Annotated[int, Field(ge=0)] = Field(

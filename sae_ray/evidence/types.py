@@ -10,12 +10,32 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
+import torch
 
 Side = Literal["explain", "score"]
 TOP, QUANTILE, NEAR_MISS, RANDOM, SIBLING = "top", "quantile", "near_miss", "random", "sibling"
+
+
+class LatentSource(Protocol):
+    """What is judged: latents of an SAE, random directions of the same densities, or neurons of the language model."""
+
+    @property
+    def kind(self) -> str:
+        """ "latent", "random_direction", or a baseline's name such as "residual relu"."""
+        ...
+
+    @property
+    def latents(self) -> np.ndarray:
+        """Their ids, int64 [N]."""
+        ...
+
+    def activations(self, raw_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(activations, margins) [T, N] float32 of raw hook activations: 0 where inactive; pre-activation minus
+        threshold, so that the largest margins among inactive tokens are the near misses."""
+        ...
 
 
 def side_of(tokens_S: np.ndarray) -> Side:
