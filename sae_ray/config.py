@@ -166,7 +166,8 @@ class SAEConfig(Section):
     b_dec_init: Literal["geometric_median", "mean", "zero"] = "geometric_median"
     decoder_norm: Literal["unit", "free"] = Field("unit", description="unit: rows are renormalised after every step")
     init_norm: Annotated[float, Field(gt=0)] = Field(
-        1, description="norm of the encoder's rows (and the decoder's, if free) at the start"
+        round(3**-0.5, 4),
+        description="norm of the encoder's rows (and the decoder's, if free) at the start (benchmarks/init_norm.py)",
     )
     init_from: str | None = Field(
         None, description="an SAE folder or file of any format that `sae-ray import` reads, to fine-tune"
