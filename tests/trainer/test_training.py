@@ -58,7 +58,7 @@ def train(trained: ShardedTrainer, steps: int) -> list[dict[str, float]]:
 )
 def test_every_architecture_learns(architecture, extra):
     rows = train(new_trainer(architecture, **extra), 120)
-    assert rows[-1]["fvu"] < 0.6 * rows[0]["fvu"]
+    assert rows[-1]["fvu"] < 0.7 * rows[0]["fvu"]
     assert rows[-1]["fvu"] < 0.5
 
 
