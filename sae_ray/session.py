@@ -53,6 +53,8 @@ def ray_session(config: RayConfig, verbose: bool = False) -> Iterator[None]:
     # Ray's metrics exporter and usage reporting have nobody to talk to in an own, loopback Ray.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray's workers are nice to everything else on their machine, which starves judges that share one.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     options: dict[str, Any] = {
         "logging_level": logging.INFO if verbose else logging.ERROR,
         "log_to_driver": verbose,

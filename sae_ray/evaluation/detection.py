@@ -16,8 +16,7 @@ import torch
 
 from sae_ray.activations.block import Block
 from sae_ray.config import RunConfig
-from sae_ray.judge.scores import mean_estimate
-from sae_ray.reward.composition import soft_f1
+from sae_ray.judge.scores import mean_estimate, soft_f1
 from sae_ray.reward.contexts import ContextTexts
 from sae_ray.reward.desk import make_plans
 from sae_ray.reward.evidence import (

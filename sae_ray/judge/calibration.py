@@ -2,6 +2,8 @@
 
 Planted items (`planting.py`) have known answers. Half of the concepts choose the threshold and fit the Platt map, the
 other half are what is reported. The mode with the higher held-out AUROC judges the run; a judge at chance stops it.
+Each mode is measured on all items and on each kind apart: lexical, topical, and topical where the text holds no word
+of the label.
 """
 
 from __future__ import annotations
@@ -9,17 +11,23 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
+
+import numpy as np
 
 from sae_ray.config import JudgeConfig
 from sae_ray.errors import UserError
-from sae_ray.judge.planting import PlantedItem
+from sae_ray.judge.planting import KINDS, PlantedItem
 from sae_ray.judge.prompts import MODES, PROMPT_VERSION, Mode
 from sae_ray.judge.scores import Estimate, auroc, balanced_accuracy, best_threshold, platt
 
 # Fewer answered items of a class than this say nothing about a mode.
 _LEAST_ITEMS = 4
+# Gold items, half positives, that a drift check asks again.
+_ANCHORS = 32
+# Beside the kinds of `planting.KINDS`: topical positives without a word of the label, against topical negatives.
+UNNAMED = "unnamed"
 
 
 class JudgeAtChance(UserError):
@@ -39,6 +47,7 @@ class ModeCalibration:
     `false_positive` and `false_negative` are at `threshold`; `platt_a`, `platt_b` map a verdict to
     P(shows it) = sigmoid(a v + b) where both answers are equally common; `missing` counts unanswered items.
     `background` is the mean verdict of negatives: where a verdict stands when a text has nothing to do with it.
+    `kinds`: the same on items of one kind ("lexical", "topical", "unnamed"), where there are enough of them.
     """
 
     mode: Mode
@@ -52,6 +61,7 @@ class ModeCalibration:
     items: int
     missing: int
     seconds: float
+    kinds: Mapping[str, ModeCalibration] = field(default_factory=dict)
 
     @property
     def balanced_accuracy(self) -> float:
@@ -61,14 +71,29 @@ class ModeCalibration:
         """P(the text shows it | verdict), both answers equally common beforehand."""
         return 1 / (1 + math.exp(-max(-60.0, min(60.0, self.platt_a * verdict + self.platt_b))))
 
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> ModeCalibration:
+        kinds = {kind: cls.from_dict(each) for kind, each in raw.get("kinds", {}).items()}
+        return cls(**{**raw, "auroc": Estimate(**raw["auroc"]), "kinds": kinds})
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A gold item and the verdict it had at calibration, in nats: what `drift.DriftCheck` compares with."""
+
+    text: str
+    explanation: str
+    verdict: float
+
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured, and the mode that it picks."""
+    """What was measured, the mode that it picks, and that mode's anchors."""
 
     mode: Mode
     modes: Mapping[Mode, ModeCalibration]
     prompt_version: str = PROMPT_VERSION
+    anchors: tuple[Anchor, ...] = ()
 
     @property
     def chosen(self) -> ModeCalibration:
@@ -82,10 +107,9 @@ class Calibration:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Calibration:
-        modes = {
-            name: ModeCalibration(**{**each, "auroc": Estimate(**each["auroc"])}) for name, each in raw["modes"].items()
-        }
-        return cls(raw["mode"], modes, raw["prompt_version"])
+        modes = {name: ModeCalibration.from_dict(each) for name, each in raw["modes"].items()}
+        anchors = tuple(Anchor(**each) for each in raw.get("anchors", ()))
+        return cls(raw["mode"], modes, raw["prompt_version"], anchors)
 
 
 async def calibrate(client: Scorer, items: Sequence[PlantedItem], cfg: JudgeConfig) -> Calibration:
@@ -97,19 +121,55 @@ async def calibrate(client: Scorer, items: Sequence[PlantedItem], cfg: JudgeConf
     """
     wanted: Sequence[Mode] = MODES if cfg.mode == "auto" else (cfg.mode,)
     measured: dict[Mode, ModeCalibration] = {}
+    answers: dict[Mode, list[float | None]] = {}
     for mode in wanted:
         started = time.monotonic()
         verdicts = await client.score([(item.text, item.explanation) for item in items], mode)
         found = measure(mode, items, verdicts, time.monotonic() - started)
         if found is not None:
-            measured[mode] = found
-    return choose(measured, cfg)
+            measured[mode], answers[mode] = found, verdicts
+    chosen = choose(measured, cfg)
+    return replace(chosen, anchors=anchors_of(items, answers[chosen.mode]))
+
+
+def anchors_of(
+    items: Sequence[PlantedItem], verdicts: Sequence[float | None], wanted: int = _ANCHORS
+) -> tuple[Anchor, ...]:
+    """Up to `wanted` answered items spread evenly over all, half of them positives."""
+    anchors: list[Anchor] = []
+    for positive in (True, False):
+        pairs = [(i, v) for i, v in zip(items, verdicts, strict=True) if i.positive == positive and v is not None]
+        places = np.linspace(0, len(pairs) - 1, min(wanted // 2, len(pairs))).astype(int)
+        anchors += [Anchor(pairs[at][0].text, pairs[at][0].explanation, pairs[at][1]) for at in places]
+    return tuple(anchors)
 
 
 def measure(
     mode: Mode, items: Sequence[PlantedItem], verdicts: Sequence[float | None], seconds: float
 ) -> ModeCalibration | None:
-    """One mode's calibration from its verdicts; None when too few were answered."""
+    """One mode's calibration from its verdicts, overall and by kind; None when too few were answered."""
+    overall = _measure(mode, items, verdicts, seconds)
+    if overall is None:
+        return None
+    share = seconds / max(1, len(items))
+    kinds: dict[str, ModeCalibration] = {}
+    for kind in (*KINDS, UNNAMED):
+        pairs = [pair for pair in zip(items, verdicts, strict=True) if _is_of(pair[0], kind)]
+        found = _measure(mode, [item for item, _ in pairs], [verdict for _, verdict in pairs], share * len(pairs))
+        if found is not None:
+            kinds[kind] = found
+    return replace(overall, kinds=kinds)
+
+
+def _is_of(item: PlantedItem, kind: str) -> bool:
+    if kind == UNNAMED:
+        return item.kind == "topical" and not item.named
+    return item.kind == kind
+
+
+def _measure(
+    mode: Mode, items: Sequence[PlantedItem], verdicts: Sequence[float | None], seconds: float
+) -> ModeCalibration | None:
     split: dict[tuple[bool, bool], list[float]] = {(h, p): [] for h in (False, True) for p in (False, True)}
     for item, verdict in zip(items, verdicts, strict=True):
         if verdict is not None:

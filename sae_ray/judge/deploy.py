@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import logging
 import os
 import re
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ray
 
 from sae_ray.config import JudgeConfig
 from sae_ray.errors import UserError
+from sae_ray.judge.roles import SCORER, Role
 
 _MODEL_ID = "judge"
 # Ray Serve LLM names a deployment `<server class>:<model id>`.
@@ -24,10 +28,15 @@ _GIB = 1 << 30
 # 16 is refused.
 _CPU_BLOCK_TOKENS = 32
 _MAX_SEQUENCES = 64
+_CPU_BATCH_TOKENS = 4096
+# How a replica learns those of its settings that Ray Serve LLM has no place for.
+SETTINGS_VARIABLE = "SAE_RAY_JUDGE_SETTINGS"
 
 
-def app_name(run_name: str) -> str:
-    return "sae-ray-judge-" + re.sub(r"[^A-Za-z0-9_-]", "-", run_name)
+def app_name(run_name: str, role: Role = SCORER) -> str:
+    # The role first: no run's name can make its scorer's application another run's explainer.
+    kind = "judge" if role == SCORER else role
+    return f"sae-ray-{kind}-" + re.sub(r"[^A-Za-z0-9_-]", "-", run_name)
 
 
 @dataclass
@@ -38,28 +47,41 @@ class JudgeApp:
         cfg: the run's judge section.
         run_name: makes an own application's name unique on a shared cluster.
         keep_serve: leave Serve itself running after the application is deleted; for a Ray that ends with the run.
+        role: which of the run's judges it is.
     """
 
     cfg: JudgeConfig
     run_name: str
     keep_serve: bool = False
+    role: Role = SCORER
     _deploying: Any = field(default=None, init=False)
     _owns_serve: bool = field(default=False, init=False)
 
     @property
     def name(self) -> str:
-        return self.cfg.app or app_name(self.run_name)
+        return self.cfg.app or app_name(self.run_name, self.role)
 
-    def start(self) -> None:
+    @property
+    def deploying(self) -> Any:
+        """ObjectRef of the task that submits the application; None before `start`."""
+        return self._deploying
+
+    def start(self, after: Any = None, owns_serve: bool | None = None) -> None:
         """Ask for the deployment and return at once; training goes on while replicas load. Idempotent.
 
         A task deploys, not this process: it needs vLLM, which a driver on a laptop need not have.
+
+        Args:
+            after: another application's `deploying`, which must not start Serve at the same time.
+            owns_serve: whether Serve ends with this application; None: if it does not run yet.
         """
         if self._deploying is not None or self.cfg.app is not None:
             return
-        self._owns_serve = not _serve_is_up()
+        self._owns_serve = not serve_is_up() if owns_serve is None else owns_serve
         env = {"env_vars": {k: v for k, v in replica_env(self.cfg).items() if k.startswith(("HF_", "VLLM_"))}}
-        self._deploying = _deploy.options(num_cpus=0, runtime_env=env).remote(self.cfg, self.name)
+        self._deploying = _deploy.options(num_cpus=0, runtime_env=env).remote(
+            self.cfg, self.name, [] if after is None else [after]
+        )
 
     def ready(self, timeout: float) -> bool:
         """Wait until a replica serves (or until the application may scale from zero).
@@ -99,7 +121,7 @@ class JudgeApp:
                 except ray.exceptions.RayTaskError as error:
                     cause = str(error.cause).strip() or repr(error.cause)
                     return _status("DEPLOY_FAILED", message=cause.splitlines()[-1])
-        if not _serve_is_up():
+        if not serve_is_up():
             return _status("NOT_STARTED" if self._deploying is None else "DEPLOYING")
         app = serve.status().applications.get(self.name)
         if app is None:
@@ -125,7 +147,7 @@ class JudgeApp:
             with contextlib.suppress(Exception):
                 ray.get(self._deploying, timeout=timeout)
             self._deploying = None
-        if not _serve_is_up():
+        if not serve_is_up():
             return
         if self.name in serve.status().applications:
             serve.delete(self.name)
@@ -138,7 +160,7 @@ def _status(state: str, running: int = 0, starting: int = 0, message: str = "") 
     return {"state": state, "running": running, "starting": starting, "message": message}
 
 
-def _serve_is_up() -> bool:
+def serve_is_up() -> bool:
     """Whether a Serve controller runs; asking `serve.status()` itself would start one."""
     from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
@@ -149,9 +171,12 @@ def _serve_is_up() -> bool:
 
 
 @ray.remote(max_retries=0)
-def _deploy(cfg: JudgeConfig, name: str) -> None:
-    """Submit the application; does not wait for replicas."""
+def _deploy(cfg: JudgeConfig, name: str, after: list[Any]) -> None:
+    """Submit the application; does not wait for replicas, only for the tasks `after`, however they end."""
     from ray import serve
+
+    if after:
+        ray.wait(after)
 
     # No HTTP: judges are called by handle only, and a proxy's start can time out on a busy machine.
     for chatty in ("ray.serve", "ray.llm"):
@@ -172,7 +197,7 @@ def build_app(cfg: JudgeConfig) -> Any:
 def llm_config(cfg: JudgeConfig) -> dict[str, Any]:
     """Arguments of `LLMConfig`: pure, so that what a replica asks for can be tested without one."""
     return {
-        "model_loading_config": {"model_id": _MODEL_ID, "model_source": cfg.model},
+        "model_loading_config": model_loading(cfg),
         "engine_kwargs": engine_kwargs(cfg),
         "accelerator_config": {"kind": "gpu" if cfg.gpus else "cpu"},
         "placement_group_config": placement(cfg),
@@ -183,12 +208,26 @@ def llm_config(cfg: JudgeConfig) -> dict[str, Any]:
     }
 
 
+def model_loading(cfg: JudgeConfig) -> dict[str, Any]:
+    """Where replicas get the model: the Hub, a folder, or a bucket that they copy to their own disk."""
+    if cfg.s3_mirror is None:
+        return {"model_id": _MODEL_ID, "model_source": cfg.model}
+    # A node keeps its copy under the model's id, so two mirrors must not have the same.
+    return {"model_id": mirror_id(cfg.s3_mirror), "model_source": {"bucket_uri": cfg.s3_mirror.rstrip("/")}}
+
+
+def mirror_id(uri: str) -> str:
+    digest = hashlib.blake2b(uri.rstrip("/").encode(), digest_size=6).hexdigest()
+    return f"{_MODEL_ID}-{digest}"
+
+
 def deployment_options(cfg: JudgeConfig) -> dict[str, Any]:
     scaling = cfg.autoscaling
     return {
         "name": _MODEL_ID,
         # Ray Serve LLM's own defaults for the next two are 1e9: no back-pressure and no autoscaling, ever.
         "max_ongoing_requests": scaling.max_ongoing_requests,
+        "max_queued_requests": scaling.max_queued_requests,
         "autoscaling_config": {
             "min_replicas": scaling.min_replicas,
             "initial_replicas": scaling.initial_replicas,
@@ -241,8 +280,28 @@ def engine_kwargs(cfg: JudgeConfig) -> dict[str, Any]:
             "kv_cache_memory_bytes": int(cfg.kv_cache_gb * _GIB),
             # Compiling takes longer than a small run's whole judging.
             "enforce_eager": True,
+            # Where a prompt is cut in two, vLLM winds a seeded request's generator back. CPU generators cannot, and the
+            # engine dies of it. So prompts are prefilled whole.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(_CPU_BATCH_TOKENS, cfg.max_model_len),
         }
-    return kwargs
+    if cfg.quantization is not None:
+        kwargs["quantization"] = cfg.quantization
+    if cfg.lora:
+        # vLLM's default rank is 16, and it refuses an adapter of a higher one.
+        kwargs |= {"enable_lora": True, "max_loras": len(cfg.lora), "max_lora_rank": lora_rank(cfg.lora)}
+    # Refused by the config where they would contradict what is above.
+    return kwargs | cfg.engine_kwargs
+
+
+def lora_rank(adapters: dict[str, str]) -> int:
+    """The smallest rank that vLLM allows and all adapters fit into, as far as their folders can be read here."""
+    ranks = [16]
+    for folder in adapters.values():
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            ranks.append(int(json.loads((Path(folder).expanduser() / "adapter_config.json").read_text())["r"]))
+    allowed = [rank for rank in (16, 32, 64, 128, 256, 320, 512) if rank >= max(ranks)]
+    return allowed[0] if allowed else max(ranks)
 
 
 def replica_env(cfg: JudgeConfig) -> dict[str, str]:
@@ -251,6 +310,7 @@ def replica_env(cfg: JudgeConfig) -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "RAYLLM_ENGINE_START_TIMEOUT_S": str(int(cfg.start_timeout_s)),
+        SETTINGS_VARIABLE: json.dumps({"stall_timeout_s": cfg.stall_timeout_s, "lora": cfg.lora}),
         # Ray sets CUDA_VISIBLE_DEVICES per actor; HF settings must agree with the driver's.
         **{key: os.environ[key] for key in ("HF_HUB_OFFLINE", "HF_HOME", "SAE_RAY_CACHE") if key in os.environ},
     }

@@ -44,8 +44,8 @@ def verdict(
 def _gain(text: str, explanation: str, readings: Mapping[tuple[str, str], tuple[float, int] | None]) -> float | None:
     """What the text adds to the explanation's log-probability, in nats.
 
-    A sum over its tokens: dividing by their number or its root changed the AUROC on planted items by less than 0.01,
-    and made the distractors, which are shorter, cost up to 0.04.
+    A sum over its tokens: dividing by the number of words cost 0.08 AUROC on planted items that differ in length (one
+    to three words), by its root 0.02.
     """
     given, prior = readings.get((text, explanation)), readings.get((NO_TEXT, explanation))
     if given is None or prior is None:

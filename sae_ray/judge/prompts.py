@@ -16,7 +16,7 @@ Mode = Literal["likelihood", "yes_no"]
 MODES: tuple[Mode, ...] = ("likelihood", "yes_no")
 
 # Part of every cache key: raise it whenever a prompt below changes, and old verdicts are never mixed with new ones.
-PROMPT_VERSION = "5"
+PROMPT_VERSION = "6"
 
 _SYSTEM = "You answer whether a text shows what is described. Answer with one word: Yes or No."
 # Explanations that fit no text in particular; their mean tells how topic-like *any* phrase looks after this text.
@@ -41,9 +41,10 @@ def likelihood_prompt(text: str) -> tuple[str, str]:
     """(head, body) after which an explanation is read. The empty text gives the prior of an explanation.
 
     Without a nonce: nothing here asks the judge to do anything that a text could countermand, and delimiters with one
-    cost a 135M judge 0.04 AUROC on planted items (0.874 against 0.916).
+    cost a 135M judge 0.04 AUROC on planted items. What follows the text was chosen by measurement: see
+    `benchmarks/judge_validity.md`; "The topic of this text is" was all but blind to lexical concepts.
     """
-    return "", f'Text: "{text}"\nThe topic of this text is'
+    return "", f'Text: "{text}"\nImportant words in this text:'
 
 
 def explanation_continuation(explanation: str) -> str:

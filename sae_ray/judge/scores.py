@@ -46,7 +46,7 @@ def auroc(positives: Sequence[float] | Array, negatives: Sequence[float] | Array
     value = float(wins_P.mean())
     variance = sum(float(w.var(ddof=1)) / len(w) if len(w) > 1 else 0.25 for w in (wins_P, wins_N))
     stderr = variance**0.5
-    low, high = _logit_interval(value, stderr, min(n_pos, n_neg), level)
+    low, high = logit_interval(value, stderr, min(n_pos, n_neg), level)
     return Estimate(value, stderr, low, high, n_pos + n_neg)
 
 
@@ -67,6 +67,19 @@ def best_threshold(positives: Sequence[float] | Array, negatives: Sequence[float
     missed = np.searchsorted(pos, cuts, "left") / len(pos)
     fooled = 1 - np.searchsorted(neg, cuts, "left") / len(neg)
     return float(cuts[np.argmin(missed + fooled)])
+
+
+def soft_f1(probability: Array, active: Array, weight: Array) -> float:
+    """F1 of graded verdicts at the natural prior.
+
+    Args:
+        probability: judged probability that the explanation holds for each text.
+        active: whether the latent was active there.
+        weight: inverse sampling propensities, so that rare strata do not count as common ones.
+    """
+    hit = float((weight * probability * active).sum())
+    claimed, present = float((weight * probability).sum()), float((weight * active).sum())
+    return 2 * hit / (claimed + present) if claimed + present > 0 else 0.0
 
 
 def platt(
@@ -151,7 +164,7 @@ def _checked(values: Sequence[float] | Array, name: str) -> Array:
     return array
 
 
-def _logit_interval(value: float, stderr: float, n_least: int, level: float) -> tuple[float, float]:
+def logit_interval(value: float, stderr: float, n_least: int, level: float) -> tuple[float, float]:
     z = NormalDist().inv_cdf((1 + level) / 2)
     # Rule of three (in general -ln(alpha) / n): what zero observed errors in n still leave possible.
     unseen = min(0.5, -np.log(1 - level) / n_least)

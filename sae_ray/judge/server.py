@@ -11,6 +11,7 @@ Only replicas and the deploying task import this module: it brings in `ray.serve
 from __future__ import annotations
 
 import asyncio
+import json
 import multiprocessing
 import os
 import uuid
@@ -19,18 +20,25 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from ray import serve
 from ray.llm._internal.common.callbacks.base import CallbackBase
 from ray.serve.llm.deployment import LLMServer
 from vllm import SamplingParams
-from vllm.sampling_params import RequestOutputKind
+from vllm.exceptions import VLLMClientError
+from vllm.lora.request import LoRARequest
+from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
 from sae_ray.embedded import resolve_model
+from sae_ray.judge.deploy import SETTINGS_VARIABLE
+from sae_ray.judge.metrics import BusyClock
 from sae_ray.judge.prompts import Mode
-from sae_ray.judge.reading import Reader, Usage
+from sae_ray.judge.reading import Placeholder, Reader, Usage
 from sae_ray.judge.reaper import start_reaper
 
 # Finished answers kept for a caller that asks again with the same request id (its connection broke, not the work).
 _KEPT_ANSWERS = 256
+# Work that nobody waits for any more goes on for this long, for a caller whose connection broke to ask again.
+_ABANDONED_S = 15.0
 
 
 class LocalModel(CallbackBase):
@@ -38,7 +46,7 @@ class LocalModel(CallbackBase):
 
     async def on_before_node_init(self) -> None:
         loading: Any = self.llm_config.model_loading_config
-        if os.path.isdir(str(loading.model_source)):
+        if isinstance(loading.model_source, str) and os.path.isdir(loading.model_source):
             self.ctx.run_init_node = False
 
 
@@ -53,16 +61,23 @@ def cpu_dtype() -> str:
 class _VLLM:
     """`reading.Engine` over `AsyncLLM`: fresh SamplingParams and id per request, one whole output for each."""
 
-    def __init__(self, client: Any) -> None:
+    def __init__(self, client: Any, clock: BusyClock, adapter: LoRARequest | None = None) -> None:
         self._client = client
+        self._clock = clock
+        self._adapter = adapter
 
     async def run(self, prompt_ids: Sequence[int], **sampling: Any) -> Any:
         # FINAL_ONLY: with n > 1 the cumulative outputs come one sample at a time, and the last has one sample only.
         params = SamplingParams(output_kind=RequestOutputKind.FINAL_ONLY, **sampling)
         last = None
         prompt = {"prompt_token_ids": list(prompt_ids)}
-        async for output in self._client.generate(prompt, params, uuid.uuid4().hex):
-            last = output
+        with self._clock.request():
+            try:
+                async for output in self._client.generate(prompt, params, uuid.uuid4().hex, lora_request=self._adapter):
+                    last = output
+            except VLLMClientError as error:
+                # The request is at fault, not the replica; callers know that by the type, and have no vLLM to unpickle.
+                raise ValueError(str(error)) from None
         return last
 
 
@@ -72,39 +87,66 @@ class JudgeServer(LLMServer):
     async def __init__(self, llm_config: Any, **kwargs: Any) -> None:  # type: ignore[misc]
         # Here and not in the driver: the embedded model's folder is made on the machine that serves it.
         source = llm_config.model_loading_config
-        source.model_source = resolve_model(source.model_source, "judge.model")
+        if isinstance(source.model_source, str):
+            source.model_source = resolve_model(source.model_source, "judge.model")
         if llm_config.accelerator_config.kind == "cpu" and llm_config.engine_kwargs["dtype"] == "auto":
             llm_config.engine_kwargs["dtype"] = cpu_dtype()
         llm_config._engine_config = None
         self._answers: OrderedDict[str, asyncio.Task[dict[str, Any]]] = OrderedDict()
+        self._waiters: dict[asyncio.Task[dict[str, Any]], int] = {}
+        settings = json.loads(os.environ.get(SETTINGS_VARIABLE, "{}"))
+        self._stall_timeout_s = float(settings.get("stall_timeout_s", float("inf")))
+        self._adapters = {
+            # vLLM tells adapters apart by number.
+            name: LoRARequest(lora_name=name, lora_int_id=number, lora_path=path)
+            for number, (name, path) in enumerate(settings.get("lora", {}).items(), start=1)
+        }
+        self._replica = serve.get_replica_context().replica_id.unique_id
         self._reaper = start_reaper()
         await super().__init__(llm_config, **kwargs)
         engine: Any = self.engine
         self._client = engine._engine_client
         self._reaper.watch([child.pid for child in multiprocessing.active_children() if child.pid])
-        self._vllm = _VLLM(self._client)
+        self._clock = BusyClock()
 
-    def _reader(self) -> Reader:
+    def _engine(self, adapter: str | None) -> _VLLM:
+        return _VLLM(self._client, self._clock, None if adapter is None else self._adapters[adapter])
+
+    def _reader(self, adapter: str | None) -> Reader:
         config = self._client.vllm_config
         return Reader(
-            engine=self._vllm,
+            engine=self._engine(adapter),
             tokenizer=self._client.get_tokenizer(),
             block_size=config.cache_config.block_size,
             max_tokens=config.model_config.max_model_len,
         )
 
-    async def read(self, request_id: str, items: list[tuple[str, list[str]]], mode: Mode) -> dict[str, Any]:
-        """Readings of several texts, each with its own explanations.
+    async def read(
+        self, request_id: str, items: list[tuple[str, list[str]]], mode: Mode, adapter: str | None = None
+    ) -> dict[str, Any]:
+        """Readings of several texts, each with its own explanations; `adapter` names one of `judge.lora`.
 
         Returns:
-            `readings`: per item a list of (value in nats, tokens) or None, in the order asked; `usage`; `pid`.
+            `readings`: per item a list of (value in nats, tokens) or None, in the order asked; `usage`, whose
+            `unreadable` counts those that the engine had no number for; `engine`, see `_report`.
         """
 
         async def work() -> dict[str, Any]:
-            reader = self._reader()
-            answers = await asyncio.gather(*(reader.read(text, each, mode) for text, each in items))
+            reader = self._reader(adapter)
+            unreadable = 0
+
+            async def one(text: str, explanations: list[str]) -> list[Any]:
+                nonlocal unreadable
+                try:
+                    return await reader.read(text, explanations, mode)
+                except Placeholder:  # asked again without the cache, the engine still gave none
+                    unreadable += len(explanations)
+                    return [None] * len(explanations)
+
+            answers = await asyncio.gather(*(one(text, each) for text, each in items))
             readings = [[None if r is None else (r.value, r.tokens) for r in answer] for answer in answers]
-            return {"readings": readings, "usage": asdict(reader.usage), "pid": os.getpid()}
+            usage = {**asdict(reader.usage), "unreadable": unreadable}
+            return {"readings": readings, "usage": usage, "engine": self._report()}
 
         return await self._once(request_id, work)
 
@@ -119,15 +161,19 @@ class JudgeServer(LLMServer):
         stop: list[str],
         seed: int | None,
         chat: bool,
+        schema: dict[str, Any] | None = None,
+        adapter: str | None = None,
     ) -> dict[str, Any]:
         """`n` sampled continuations per prompt; `chat` wraps each prompt as a user message where a template exists.
 
+        `schema` is a JSON schema that the engine's sampling is held to.
+
         Returns:
-            `texts`: per prompt a list of n strings, or an empty list where the prompt does not fit; `usage`; `pid`.
+            `texts`: per prompt a list of n strings, or an empty list where the prompt does not fit; `usage`; `engine`.
         """
 
         async def work() -> dict[str, Any]:
-            tokenizer, usage = self._client.get_tokenizer(), Usage()
+            tokenizer, usage, engine = self._client.get_tokenizer(), Usage(), self._engine(adapter)
             room = self._client.vllm_config.model_config.max_model_len - max_tokens
 
             async def one(index: int, prompt: str) -> list[str]:
@@ -139,7 +185,9 @@ class JudgeServer(LLMServer):
                     ids = tokenizer.encode(prompt)
                 if not ids or len(ids) > room:
                     return []
-                output = await self._vllm.run(
+                # Free whitespace lets a small model fill its tokens with blanks before the first value.
+                held = StructuredOutputsParams(json=schema, disable_any_whitespace=True) if schema else None
+                output = await engine.run(
                     ids,
                     max_tokens=max_tokens,
                     n=n,
@@ -147,17 +195,18 @@ class JudgeServer(LLMServer):
                     top_p=top_p,
                     stop=stop,
                     seed=None if seed is None else seed + index,
+                    structured_outputs=held,
                 )
                 usage.add(output)
                 return [choice.text for choice in output.outputs]
 
             texts = await asyncio.gather(*(one(i, prompt) for i, prompt in enumerate(prompts)))
-            return {"texts": texts, "usage": asdict(usage), "pid": os.getpid()}
+            return {"texts": texts, "usage": asdict(usage), "engine": self._report()}
 
         return await self._once(request_id, work)
 
     async def describe(self) -> dict[str, Any]:
-        """What answers: model folder or id, dtype, block size, process ids of the replica and its engine."""
+        """What answers: model folder or id, dtype, block size, adapters, process ids, and the engine's busy time."""
         config = self._client.vllm_config
         return {
             "model": config.model_config.model,
@@ -166,7 +215,23 @@ class JudgeServer(LLMServer):
             "chat_template": bool(self._client.get_tokenizer().chat_template),
             "pid": os.getpid(),
             "engine_pids": self._reaper.watched,
+            "adapters": list(self._adapters),
+            **self._report(),
+            "running": self._clock.running,
         }
+
+    async def check_health(self) -> None:
+        """As Ray Serve LLM's, and an engine that has work but finishes none of it is not well either."""
+        await super().check_health()
+        if self._clock.stalled_s > self._stall_timeout_s:
+            raise RuntimeError(
+                f"the engine has {self._clock.running} requests and finished none for {self._clock.stalled_s:.0f} s "
+                f"(judge.stall_timeout_s {self._stall_timeout_s:g})"
+            )
+
+    def _report(self) -> dict[str, Any]:
+        """Whose engine this is, for how long it has been up, and for how much of it a request was running."""
+        return {"replica": self._replica, "up_seconds": self._clock.up_s, "busy_seconds": self._clock.busy_s}
 
     async def _once(self, request_id: str, work: Callable[[], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
         """Run `work`, or wait for the run that an earlier call with this id started."""
@@ -176,8 +241,21 @@ class JudgeServer(LLMServer):
             self._answers[request_id] = task
             while len(self._answers) > _KEPT_ANSWERS:
                 self._answers.popitem(last=False)
-        # Shielded: Serve cancels a call whose caller went away, and another call may wait for the same work.
-        return await asyncio.shield(task)
+        self._waiters[task] = self._waiters.get(task, 0) + 1
+        try:
+            # Shielded: Serve cancels a call whose caller went away, and another call may wait for the same work.
+            return await asyncio.shield(task)
+        finally:
+            self._waiters[task] -= 1
+            if self._waiters[task] == 0:
+                del self._waiters[task]
+                if not task.done():
+                    asyncio.get_running_loop().call_later(_ABANDONED_S, self._abandon, task)
+
+    def _abandon(self, task: asyncio.Task[dict[str, Any]]) -> None:
+        """End work that still nobody waits for; vLLM drops the requests of a cancelled caller."""
+        if task not in self._waiters:
+            task.cancel()
 
     async def __del__(self) -> None:
         client = getattr(self, "_client", None)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sae_ray.judge.scores import soft_f1
+
 
 @dataclass(frozen=True)
 class LatentReward:
@@ -32,19 +34,6 @@ class LatentReward:
         """
         trusted = min(self.auroc - 0.5, self.interpretability) - self.standard_error
         return float(np.clip(trusted / 0.5, 0.0, 1.0))
-
-
-def soft_f1(probability: np.ndarray, active: np.ndarray, weight: np.ndarray) -> float:
-    """F1 of graded verdicts at the natural prior.
-
-    Args:
-        probability: judged probability that the explanation holds for each text.
-        active: whether the latent was active there.
-        weight: inverse sampling propensities, so that rare strata do not count as common ones.
-    """
-    hit = float((weight * probability * active).sum())
-    claimed, present = float((weight * probability).sum()), float((weight * active).sum())
-    return 2 * hit / (claimed + present) if claimed + present > 0 else 0.0
 
 
 def choose_explanation(

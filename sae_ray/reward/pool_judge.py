@@ -16,6 +16,7 @@ from sae_ray.judge import explainer, planting
 from sae_ray.judge.calibration import Calibration, calibrate
 from sae_ray.judge.client import JudgeClient
 from sae_ray.judge.deploy import JudgeApp
+from sae_ray.judge.levels import Levelled
 from sae_ray.judge.prompts import PROMPT_VERSION
 from sae_ray.reward.contexts import ContextTexts
 from sae_ray.reward.evidence import ContextScan, LatentPlan
@@ -24,7 +25,7 @@ from sae_ray.storage import LocalStorage
 
 CALIBRATION_FILE = "calibration.json"
 PLANTED_DOCUMENTS = 1500
-REFERENCE_TEXTS = 6
+REFERENCE_TEXTS = 8
 PART = 64  # verdicts that are counted together
 EXPLANATION_TOKENS = 20
 RATE_SPAN_S = 30.0
@@ -82,7 +83,8 @@ class PoolJudge:
                 tokenizer,
                 settings.seed,
             )
-            report = _report(config, await calibrate(self.client, items, config.judge))
+            levelled = Levelled(self.client, self._references)
+            report = _report(config, await calibrate(levelled, items, config.judge))
             self._storage.write(CALIBRATION_FILE, json.dumps(report, indent=1).encode())
         self._calibration = Calibration.from_dict(report["calibration"])
         return report
@@ -110,15 +112,10 @@ class PoolJudge:
         return self.calibration.chosen.false_positive, self.calibration.chosen.false_negative
 
     def probability(self, explanation: str, raw: float) -> float:
-        """Calibrated P(the explanation holds), the explanation's own level taken out.
-
-        How high verdicts stand depends on the explanation's length and words; its mean over texts that were
-        drawn without looking at any latent is moved to where the planted negatives stood.
-        """
+        """Calibrated P(the explanation holds), the explanation's own level (`judge.levels`) taken out."""
         level = [self._known.get((text, explanation)) for text in self._references]
         known = [value for value in level if value is not None]
-        shift = self.calibration.chosen.background - sum(known) / len(known) if known else 0.0
-        return self.calibration.probability(raw + shift)
+        return self.calibration.probability(raw - sum(known) / len(known) if known else raw)
 
     # -- verdicts -------------------------------------------------------------------------------------
 

@@ -16,6 +16,8 @@ from sae_ray.judge.deploy import JudgeApp
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# Ray's workers are nice by default: on a busy machine a judge then starts in minutes, and tests time out.
+os.environ.setdefault("RAY_worker_niceness", "0")
 # Of the S3 servers that tests start: a cluster's nodes have their own credentials, and this Ray's are ours.
 os.environ.setdefault("AWS_ACCESS_KEY_ID", "test")
 os.environ.setdefault("AWS_SECRET_ACCESS_KEY", "test")

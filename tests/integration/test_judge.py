@@ -163,6 +163,20 @@ def test_yes_no_and_generation_answer_for_real(judge_app: JudgeApp, judge_config
     assert too_long == []
 
 
+def test_seeded_generation_survives_more_prompt_tokens_than_fit_into_one_step(
+    judge_app: JudgeApp, judge_config: JudgeConfig
+) -> None:
+    """vLLM's CPU engine died of a seeded request whose prompt it had cut in two."""
+    prompts = [f"Prompt {i}. " + "The judge reads a long text about rivers and bridges. " * 50 for i in range(24)]
+
+    async def work() -> list[list[str] | None]:
+        client = JudgeClient(judge_app.handle(), judge_config)
+        return await client.generate(prompts, max_tokens=4, n=2, seed=0)
+
+    texts = asyncio.run(work())
+    assert all(each is not None and len(each) == 2 for each in texts)
+
+
 def test_calibration_on_the_installed_documentation_picks_likelihood(
     judge_app: JudgeApp, judge_config: JudgeConfig, reference: Reference
 ) -> None:

@@ -127,3 +127,51 @@ def test_a_judge_that_answers_nothing_is_not_believed() -> None:
 
     with pytest.raises(JudgeAtChance, match="too few"):
         asyncio.run(calibrate(Silent(), planted(), JudgeConfig()))
+
+
+def test_each_kind_is_measured_apart_and_old_files_without_kinds_or_anchors_still_load() -> None:
+    items = planted()
+    found = asyncio.run(calibrate(Oracle(items, "likelihood"), items, JudgeConfig()))
+    kinds = {i.kind for i in items}
+    assert set(found.chosen.kinds) >= kinds
+    held_out = [i for i in items if i.held_out]
+    assert sum(found.chosen.kinds[kind].items for kind in kinds) == found.chosen.items == len(held_out)
+    old = found.to_dict()
+    del old["anchors"]
+    for mode in old["modes"].values():
+        del mode["kinds"]
+    assert Calibration.from_dict(old).chosen.auroc == found.chosen.auroc
+
+
+def test_a_kind_that_the_judge_cannot_do_shows_in_its_own_rates() -> None:
+    items = planted()
+
+    class Lexical(Oracle):
+        async def score(self, pairs: list[tuple[str, str]], mode: Mode) -> list[float | None]:
+            kind = {i.explanation: i.kind for i in items}
+            return [
+                verdict if kind[e] == "lexical" else self.rng.gauss(0, 1)
+                for (_, e), verdict in zip(pairs, await super().score(pairs, mode), strict=True)
+            ]
+
+    kinds = asyncio.run(calibrate(Lexical(items, "likelihood"), items, JudgeConfig())).chosen.kinds
+    assert kinds["lexical"].auroc.value > 0.95
+    assert kinds["topical"].auroc.value < 0.75
+    assert kinds["lexical"].false_negative < kinds["topical"].false_negative
+
+
+def test_anchors_are_gold_items_of_both_answers_with_the_verdicts_of_the_chosen_mode() -> None:
+    items = planted()
+    oracle = Oracle(items, "yes_no")
+    said: dict[tuple[str, str, Mode], float] = {}
+
+    class Recorded:
+        async def score(self, pairs: list[tuple[str, str]], mode: Mode) -> list[float | None]:
+            answers = await oracle.score(pairs, mode)
+            said.update({(*pair, mode): answer for pair, answer in zip(pairs, answers, strict=True)})
+            return answers
+
+    anchors = asyncio.run(calibrate(Recorded(), items, JudgeConfig())).anchors
+    assert len(anchors) == 32
+    assert all(a.verdict == said[a.text, a.explanation, "yes_no"] for a in anchors)
+    assert sum(oracle.truth[a.text, a.explanation] for a in anchors) == 16

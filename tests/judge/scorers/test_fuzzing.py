@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import asyncio
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+from planted_latents import LENGTH, FakeJudge, World, calibration, knows
+
+from sae_ray.config import JudgingConfig
+from sae_ray.evidence.types import QUANTILE, TOP
+from sae_ray.judge.scorers.base import Instruments, Score
+from sae_ray.judge.scorers.fuzzing import MISPLACED, Fuzzing, highlighted_trials
+from sae_ray.judge.scorers.verdicts import Trial
+
+CFG = JudgingConfig()
+
+
+def fuzz(world: World, verdict: Callable[[str, str], float | None], cfg: JudgingConfig = CFG) -> list[Score]:
+    tools = Instruments(judge=FakeJudge(verdict), calibration=calibration())
+    return asyncio.run(Fuzzing().score(world.jobs(), world.contexts, tools, cfg, seed=0))
+
+
+def highlighted(text: str) -> list[bool]:
+    """Per word of a highlighted text, whether it is marked."""
+    marks, inside = [], False
+    for word in text.split():
+        inside |= word.startswith("<<")
+        marks.append(inside)
+        inside &= not word.endswith(">>")
+    return marks
+
+
+def sees_marked_words(text: str, explanation: str) -> float:
+    return knows(" ".join(re.findall(r"<<(.*?)>>", text)), explanation)
+
+
+def early(rng: np.random.Generator) -> Sequence[int]:
+    """Places that a latent with a liking for beginnings fires at: 2 or 3, and mostly one more."""
+    return [2, 3, 6][: int(rng.integers(1, 4))] if rng.random() < 0.7 else [3, 9]
+
+
+POSITION_JUDGES = {
+    "first": lambda text, _: float(np.argmax(highlighted(text))),
+    "last": lambda text, _: float(np.argmax(highlighted(text)[::-1])),
+    "number": lambda text, _: float(sum(highlighted(text))),
+    "runs": lambda text, _: float(text.count("<<")),
+    "early": lambda text, _: float(highlighted(text)[2]),
+}
+
+
+def test_a_judge_that_knows_the_marked_words_gets_one_on_every_kind_of_negative() -> None:
+    for score in fuzz(World(), sees_marked_words):
+        assert score.value == 1
+        assert score.shuffled == 0.5
+        assert score.extra[f"auroc_{MISPLACED}"] == 1
+        assert score.extra["auroc_near_miss"] == 1
+        assert score.n == 40
+        assert "soft_f1" not in score.extra
+
+
+def test_a_judge_that_reads_the_text_but_not_the_marks_is_at_chance_on_misplaced_ones() -> None:
+    for score in fuzz(World(), knows):
+        assert score.extra[f"auroc_{MISPLACED}"] == 0.5
+        assert score.extra["auroc_random"] == 1
+        assert 0.7 < score.value < 0.8
+
+
+@pytest.mark.parametrize("name", POSITION_JUDGES)
+@pytest.mark.parametrize("ragged", [False, True])
+def test_where_and_how_much_is_highlighted_gives_nothing_away(name: str, ragged: bool) -> None:
+    world = World(latents=16, places=early, ragged=ragged)
+    values = [score.value for score in fuzz(world, POSITION_JUDGES[name])]
+    # Texts of one length carry the very same patterns on both sides, which leaves the judge exactly at chance.
+    if not ragged:
+        assert values == pytest.approx([0.5] * 16)
+    assert np.mean(values) == pytest.approx(0.5, abs=0.02)
+
+
+def test_highlights_drawn_at_random_would_have_given_it_away() -> None:
+    """The position judge can tell: it is the drawing that leaves it at chance."""
+    world, rng = World(latents=10, places=early), np.random.default_rng(0)
+    values = []
+    for latent in world.latents:
+        trials = highlighted_trials(latent, world.contexts, 20, 20, seed=0)
+        pos = [POSITION_JUDGES["early"](t.text, "") for t in trials if t.positive]
+        neg = []
+        for trial in trials:
+            if not trial.positive:
+                at = rng.choice(np.arange(1, LENGTH - 1), size=2, replace=False)
+                neg.append(float(2 in at))
+        values.append(np.mean([[0.5 * (p == n) + (p > n) for n in neg] for p in pos]))
+    assert np.mean(values) > 0.6
+
+
+def test_negatives_never_mark_the_latents_own_tokens_and_mark_as_many_in_the_same_places() -> None:
+    world = World(latents=12, places=early)
+    for latent, name in zip(world.latents, world.names, strict=True):
+        trials = highlighted_trials(latent, world.contexts, 20, 20, seed=0)
+        patterns: dict[bool, Counter] = {True: Counter(), False: Counter()}
+        for trial in trials:
+            marks = highlighted(trial.text)
+            marked_words = [w.strip("<>") for w, m in zip(trial.text.split(), marks, strict=True) if m]
+            assert set(marked_words) == {name} if trial.positive else name not in marked_words
+            assert trial.positive == (trial.stratum in (TOP, QUANTILE))
+            patterns[trial.positive][tuple(marks)] += 1
+        assert patterns[True] == patterns[False]
+        kinds = Counter(trial.stratum for trial in trials if not trial.positive)
+        assert kinds[MISPLACED] >= 3
+        assert sum(kinds.values()) == 20
+
+
+def test_the_marked_text_is_the_whole_text_and_no_more() -> None:
+    world = World(ragged=True)
+    for trial in highlighted_trials(world.latents[0], world.contexts, 20, 20, seed=0):
+        plain = re.sub("<<|>>", "", trial.text)
+        assert plain.split() == world.contexts.text(trial.context).split()
+        assert "<s>" not in plain
+
+
+def test_a_latent_that_fires_everywhere_gets_no_misplaced_highlights() -> None:
+    world = World(latents=1, places=lambda rng: np.arange(1, LENGTH))
+    trials = highlighted_trials(world.latents[0], world.contexts, 20, 20, seed=0)
+    assert not any(trial.stratum == MISPLACED for trial in trials)
+    assert sum(not trial.positive for trial in trials) == 20
+
+
+def test_a_lenient_judge_earns_what_its_null_earns_and_a_silent_one_nothing() -> None:
+    for score in fuzz(World(), lambda text, explanation: 1.0):
+        assert score.value == score.shuffled == 0.5
+    for score in fuzz(World(), lambda text, explanation: None):
+        assert np.isnan(score.value)
+        assert score.n == 0
+
+
+def test_the_judge_is_told_that_it_is_about_the_marked_words() -> None:
+    asked: list[str] = []
+    fuzz(World(), lambda text, explanation: asked.append(explanation) or 1.0)
+    assert all(explanation.startswith("the marked words: it says word") for explanation in asked)
+
+
+def test_every_beginning_of_the_trials_has_both_kinds_of_negatives() -> None:
+    world = World(latents=8)
+    for latent in world.latents:
+        trials: list[Trial] = highlighted_trials(latent, world.contexts, 20, 20, seed=0)
+        first = [trial.stratum == MISPLACED for trial in trials if not trial.positive][:6]
+        assert 2 <= sum(first) <= 4
