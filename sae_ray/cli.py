@@ -1,4 +1,4 @@
-"""`sae-ray train | evaluate | store | export | import`.
+"""`sae-ray train | evaluate | judge | explain | store | export | import`.
 
 Errors the user can mend are one line on stderr and exit code 2.
 """
@@ -71,6 +71,46 @@ def evaluate(
     from sae_ray.evaluation.run import evaluate_run
 
     evaluate_run(settings, verbose=verbose)
+
+
+@app.command()
+def judge(
+    sae: Annotated[Path, typer.Argument(help="run folder, or an SAE of any format `import` reads", show_default=False)],
+    config: Annotated[Path | None, typer.Option(help="run config [default: what the SAE says of itself]")] = None,
+    corpus: Annotated[
+        str | None, typer.Option(help=".txt, .jsonl or .parquet (glob, s3://), Hugging Face dataset, installed-docs")
+    ] = None,
+    latents: Annotated[str | None, typer.Option(help="0:1000, or 3,9,12:20 [default: all]")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="30minutes, 500000tokens: spent where intervals are widest [default: no limit]")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="folder below runs_dir [default: judge- and the SAE's name]")] = None,
+    overrides: Overrides = None,
+    fresh: Annotated[bool, typer.Option(help="remove an earlier judging of this name first")] = False,
+    verbose: Annotated[bool, typer.Option(help="show the actors' logs")] = False,
+) -> None:
+    """Explain and score the latents of an SAE, with nulls and intervals; the same command goes on where it stopped."""
+    from sae_ray.judging.run import Budget, judge_sae
+    from sae_ray.judging.target import find_target, latents_of
+    from sae_ray.preflight import check_sources
+
+    limit = Budget.parse(budget)
+    target = find_target(sae, config, overrides or [], corpus, name)
+    chosen = latents_of(latents, target.sae.d_sae)
+    check_sources(target.config)
+    judge_sae(target, chosen, limit, fresh=fresh, verbose=verbose)
+
+
+@app.command()
+def explain(
+    judging: Annotated[Path, typer.Argument(help="folder that `sae-ray judge` made", show_default=False)],
+    latent: Annotated[int, typer.Argument(help="id of a judged latent", show_default=False)],
+    kind: Annotated[str, typer.Option(help="latent, random_direction, or a baseline's name")] = "latent",
+) -> None:
+    """One latent on the terminal: explanation, scores, and texts with coloured tokens."""
+    from sae_ray.judging.terminal import explain_latent
+
+    explain_latent(judging, latent, Console(), kind)
 
 
 @app.command()

@@ -97,12 +97,13 @@ def _score(row: dict[str, Any], version: str) -> Score:
     return Score(
         version=version,
         label=version_label(version),
-        examples=[_example(example, peak) for example in shown],
+        examples=[example_of(example, peak) for example in shown],
         **{name: values.get(name) for name in names},
     )
 
 
-def _example(example: dict[str, Any], peak: float) -> Example:
+def example_of(example: dict[str, Any], peak: float) -> Example:
+    """A text as it is shown; `peak` is the activation of full colour."""
     activations = [value or 0.0 for value in example.get("activations") or []]
     texts = example.get("tokens") or []
     activations += [0.0] * (len(texts) - len(activations))

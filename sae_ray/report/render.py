@@ -44,13 +44,13 @@ def render_report(run_dir: Path, n_features: int = N_FEATURES) -> Path:
         UserError: the folder holds no run.
     """
     run_dir = Path(run_dir)
-    page = _environment().get_template("page.html.j2").render(_view(read_run(run_dir), n_features))
+    page = environment().get_template("page.html.j2").render(_view(read_run(run_dir), n_features))
     # A token may be half a surrogate pair, which UTF-8 cannot carry.
     LocalStorage(run_dir).write(FILE_NAME, page.encode("utf-8", errors="replace"))
     return run_dir / FILE_NAME
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("sae_ray.report", "."),
         autoescape=True,
@@ -65,13 +65,13 @@ def _environment() -> Environment:
     return environment
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
     return resources.files("sae_ray.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _view(run: RunFiles, n_features: int) -> dict[str, Any]:
     """Everything that the template prints, by section."""
-    script = _asset("page.js")
+    script = asset("page.js")
     rewards = applied_rewards(run.events)
     timeline = _timeline(run, rewards)
     variants = {variant.name: variant_role(index) for index, variant in enumerate(run.config.saes)}
@@ -79,7 +79,7 @@ def _view(run: RunFiles, n_features: int) -> dict[str, Any]:
     latents = read_latents(run.evaluation)
     best, worst = best_and_worst(latents, n_features)
     return {
-        "style": Markup(_asset("page.css")),
+        "style": Markup(asset("page.css")),
         "script": Markup(script),
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         "package_version": __version__,

@@ -1,0 +1,111 @@
+"""Which explanation a latent gets: candidates compete on texts that are not scored afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from sae_ray.evidence.examples import for_scorer
+from sae_ray.evidence.types import Contexts, LatentEvidence, side_of
+from sae_ray.judge.explainers.base import Explanation
+from sae_ray.judge.scorers.base import Verdicts
+from sae_ray.judge.scores import soft_f1
+from sae_ray.reward.composition import choose_explanation
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The winner, and every candidate with its F1 at the natural prior (NaN where nothing was asked)."""
+
+    explanation: Explanation
+    candidates: list[tuple[Explanation, float]]
+    rows: list[dict[str, Any]]  # the verdicts that decided
+
+
+def halves(latent: LatentEvidence, contexts: Contexts) -> tuple[LatentEvidence, LatentEvidence]:
+    """The latent with only the texts that choose its explanation (7 of 16), and with only those that score it."""
+    chooses = [_chooses(contexts.tokens[example.context]) for example in latent.score]
+    select = tuple(e for e, first in zip(latent.score, chooses, strict=True) if first)
+    score = tuple(e for e, first in zip(latent.score, chooses, strict=True) if not first)
+    return replace(latent, score=select), replace(latent, score=score)
+
+
+def _chooses(tokens_S: np.ndarray) -> bool:
+    # A salt makes this hash independent of the one that keeps explainers and scorers apart.
+    salted_S = np.concatenate([np.array([-7], dtype=np.int32), tokens_S.astype(np.int32)])
+    return side_of(salted_S) == "explain" or side_of(salted_S[::-1]) == "explain"
+
+
+async def choose(
+    latents: Sequence[LatentEvidence],
+    candidates: Sequence[Sequence[Explanation]],
+    contexts: Contexts,
+    judge: Verdicts,
+    probability: Callable[[float], float],
+    n: int,
+) -> list[Chosen | None]:
+    """The candidate with the best soft F1 at the natural prior for each latent; None where there is none.
+
+    Args:
+        latents: with the texts that choose only (`halves`).
+        probability: P(the explanation holds) of a verdict.
+        n: texts per class.
+    """
+    examples = [for_scorer(latent, n, n) for latent in latents]
+    asked = [
+        (contexts.text(example.context), candidate.text)
+        for some, offered in zip(examples, candidates, strict=True)
+        if len(offered) > 1
+        for example in some
+        for candidate in offered
+    ]
+    answers = await _ask(judge, asked)
+    return [
+        _choice(latent, some, list(offered), contexts, answers, probability)
+        for latent, some, offered in zip(latents, examples, candidates, strict=True)
+    ]
+
+
+async def _ask(judge: Verdicts, asked: Sequence[tuple[str, str]]) -> dict[tuple[str, str], float | None]:
+    """Text by text, so that calls on one text stand together and share its KV."""
+    order = sorted(set(asked))
+    return dict(zip(order, await judge.score(order), strict=True)) if order else {}
+
+
+def _choice(
+    latent: LatentEvidence,
+    examples: list[Any],
+    offered: list[Explanation],
+    contexts: Contexts,
+    answers: dict[tuple[str, str], float | None],
+    probability: Callable[[float], float],
+) -> Chosen | None:
+    if not offered:
+        return None
+    active = np.array([example.active for example in examples])
+    weight = np.array([example.weight for example in examples])
+    if len(offered) == 1 or not active.any() or active.all():
+        return Chosen(offered[0], [(each, float("nan")) for each in offered], [])
+    rows: list[dict[str, Any]] = []
+    probabilities = []
+    for candidate in offered:
+        values = [answers[contexts.text(example.context), candidate.text] for example in examples]
+        told = [None if value is None else probability(value) for value in values]
+        probabilities.append(np.array([np.nan if each is None else each for each in told]))
+        rows += [
+            {
+                "latent": latent.latent, "explanation": candidate.text, "context": example.context,
+                "stratum": example.stratum, "weight": example.weight, "purpose": "select",
+                "raw": value, "probability": each,
+            }
+            for example, value, each in zip(examples, values, told, strict=True)
+        ]  # fmt: skip
+    winner = choose_explanation(probabilities, active, weight, [len(each.text.split()) for each in offered])
+    scores = []
+    for told_N in probabilities:
+        known = np.isfinite(told_N)
+        scores.append(soft_f1(told_N[known], active[known], weight[known]) if known.any() else float("nan"))
+    return Chosen(offered[winner], list(zip(offered, scores, strict=True)), rows)
