@@ -1,6 +1,6 @@
 """Delphi's own pipeline on a machine without a GPU, with its calls counted. Runs in delphi's environment, not in ours.
 
-    benchmarks/judge_peer.py makes the inputs and starts this; by itself:
+    benchmarks/judge.py makes the inputs and starts this; by itself:
     PEERS/delphi/bin/python benchmarks/delphi_replay.py --subject DIR --sae DIR --hookpoint layers.9 --judge DIR
         --corpus DIR --tokens 200000 --latents 8 --home DIR --out peer.json
 

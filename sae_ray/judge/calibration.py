@@ -39,6 +39,10 @@ class Scorer(Protocol):
 
     async def score(self, pairs: Sequence[tuple[str, str]], mode: Mode) -> list[float | None]: ...
 
+    async def modes(self) -> tuple[Mode, ...]:
+        """Those that the judge can answer in."""
+        ...
+
 
 @dataclass(frozen=True)
 class ModeCalibration:
@@ -119,7 +123,8 @@ async def calibrate(client: Scorer, items: Sequence[PlantedItem], cfg: JudgeConf
         JudgeAtChance: no allowed mode's AUROC is above chance with its interval and at least
             `judge.calibration.min_auroc`.
     """
-    wanted: Sequence[Mode] = MODES if cfg.mode == "auto" else (cfg.mode,)
+    offered = await client.modes()
+    wanted: Sequence[Mode] = [mode for mode in MODES if mode in offered] if cfg.mode == "auto" else (cfg.mode,)
     measured: dict[Mode, ModeCalibration] = {}
     answers: dict[Mode, list[float | None]] = {}
     for mode in wanted:

@@ -19,6 +19,8 @@ from sae_ray.judge.prompts import Mode
 class Judge(Protocol):
     async def score(self, pairs: Sequence[tuple[str, str]], mode: Mode) -> list[float | None]: ...
 
+    async def modes(self) -> tuple[Mode, ...]: ...
+
 
 class Levelled:
     """A judge whose verdicts have their explanation's level taken out; asks where `client` is asked.
@@ -34,6 +36,9 @@ class Levelled:
         if not references:
             raise ValueError("levels need at least one reference text")
         self._client, self._references = client, list(dict.fromkeys(references))
+
+    async def modes(self) -> tuple[Mode, ...]:
+        return await self._client.modes()
 
     async def score(self, pairs: Sequence[tuple[str, str]], mode: Mode, **options: Any) -> list[float | None]:
         """As `JudgeClient.score`; None also where no reference of the explanation was answered."""

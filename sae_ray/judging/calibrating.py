@@ -14,6 +14,7 @@ from sae_ray.judge import planting
 from sae_ray.judge.calibration import Calibration, calibrate
 from sae_ray.judge.levels import Levelled
 from sae_ray.judge.prompts import PROMPT_VERSION
+from sae_ray.judge.roles import Role, judges_of
 from sae_ray.storage import Storage
 
 PLANTED_DOCUMENTS = 1500
@@ -37,7 +38,7 @@ class Calibrated:
         return await self._client.generate(prompts, *args, **kwargs)
 
 
-async def calibrated(config: RunConfig, role: str, client: Any, storage: Storage) -> Calibrated:
+async def calibrated(config: RunConfig, role: Role, client: Any, storage: Storage) -> Calibrated:
     """The judge of a role with the calibration on file, if it is of this judge and these prompts, else a new one.
 
     Raises:
@@ -52,11 +53,12 @@ async def calibrated(config: RunConfig, role: str, client: Any, storage: Storage
         tokenizer.decode(tokenizer.encode(document)[: config.judge.context_tokens], skip_special_tokens=True)
         for document in documents[::step][:REFERENCE_TEXTS]
     ]
-    about = await client.describe()
+    settings_of_judge = judges_of(config)[role]
+    name = settings_of_judge.endpoint_model or settings_of_judge.endpoint or settings_of_judge.model
     key = f"calibration-{role}.json"
     if storage.exists(key):
         report = json.loads(storage.read(key))
-        if report["judge"] == about["model"] and report["prompt_version"] == PROMPT_VERSION:
+        if report["judge"] == name and report["prompt_version"] == PROMPT_VERSION:
             return Calibrated(client, references, Calibration.from_dict(report["calibration"]), report)
     items = planting.plant_items(
         documents,
@@ -68,7 +70,7 @@ async def calibrated(config: RunConfig, role: str, client: Any, storage: Storage
     )
     calibration = await calibrate(Levelled(client, references), items, config.judge)
     report = {
-        "judge": about["model"],
+        "judge": name,
         "prompt_version": PROMPT_VERSION,
         "mode": calibration.mode,
         "modes": {

@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,11 +27,13 @@ from sae_ray.judge.explainers import explainers
 from sae_ray.judge.explainers.base import Explanation
 from sae_ray.judge.pool import JudgePool
 from sae_ray.judge.prompts import Mode
+from sae_ray.judge.roles import Role
 from sae_ray.judge.scorers import scorers
 from sae_ray.judge.scorers.base import Instruments, Score, ScoreJob
 from sae_ray.judge.scorers.detection import Detection
 from sae_ray.judge.scores import shuffled_explanations
 from sae_ray.judge.subject_actor import RemoteSubject
+from sae_ray.judge.verdict_cache import VerdictCache
 from sae_ray.judging import results
 from sae_ray.judging.calibrating import Calibrated, calibrated
 from sae_ray.judging.gather import evidence_prefix, kinds_of
@@ -78,8 +81,9 @@ class JudgingDesk:
             JudgeAtChance: no verdict mode of a judge beats chance.
         """
         self._state = "calibrating"
-        self._clients = dict(JudgePool(self.config).clients())
-        for role in ("scorer", *(["heldout"] if "heldout" in self._clients else [])):
+        self._clients = dict(JudgePool(self.config).clients(self._cache()))
+        asked: tuple[Role, ...] = ("scorer", "heldout")
+        for role in (role for role in asked if role in self._clients):
             self._judges[role] = await calibrated(self.config, role, self._clients[role], self.storage)
         self._state = "ready"
         return {role: judge.report for role, judge in self._judges.items()}
@@ -113,7 +117,7 @@ class JudgingDesk:
             "missing": sum(row["value"] is None for row in rows["scores"]),
             "stderr": {score.latent: score.stderr for score in scores if score.scorer == first},
             "seconds": round(time.monotonic() - began, 3),
-            "cost": {name: after[name] - before[name] for name in after},
+            "cost": {name: after[name] - before.get(name, 0.0) for name in after},
             "drift": drift,
         }
 
@@ -123,13 +127,26 @@ class JudgingDesk:
     def usage(self) -> dict[str, float]:
         """Tokens and calls of all judges so far, and explanations that did not parse."""
         total: dict[str, float] = {"parse_failures": float(self._parse_failures)}
+        busy = []
         for client in dict.fromkeys(self._clients.values()):
-            for name, value in client.statistics().items():
+            counters = client.statistics()
+            busy.append(counters.pop("busy_share"))
+            for name, value in counters.items():
                 if name != "prompt_version":
                     total[name] = total.get(name, 0.0) + float(value)
-        return total
+        known = [share for share in busy if np.isfinite(share)]
+        # Of the replicas that answer, as each client saw it since it first asked.
+        return total | ({"busy_share": max(known)} if known else {})
 
     # -- inside -----------------------------------------------------------------------------------------
+
+    def _cache(self) -> VerdictCache:
+        """All judgings below one `runs_dir` share what was paid for; the second of two at a time only reads it."""
+        folder = Path(self.config.runs_dir) / ".verdicts"
+        try:
+            return VerdictCache(folder)
+        except UserError:
+            return VerdictCache(folder, writable=False)
 
     def _check_answered(self, before: dict[str, float], after: dict[str, float]) -> None:
         """A batch that no judge answered is an outage, not a finding: nothing of it is committed."""

@@ -15,6 +15,7 @@ from sae_ray.config import RunConfig
 from sae_ray.judging import results
 from sae_ray.storage import LocalStorage
 
+# Summed over the sessions of a judging.
 COST = ("prompt_tokens", "cached_tokens", "output_tokens", "calls", "retries", "failed", "cache_hits", "parse_failures")
 
 
@@ -35,6 +36,7 @@ def write_summary(config: RunConfig) -> dict[str, Any]:
         "scores": results.summarise(rows),
         "latents": latents,
         "cost": cost,
+        "busy_share": max((each["busy_share"] for each in sessions if "busy_share" in each), default=None),
         "per_latent": {name: round(value / latents, 2) for name, value in cost.items()} if latents else {},
     }
     storage.write("summary.json", json.dumps(summary, indent=1).encode())
@@ -47,7 +49,7 @@ def write_summary(config: RunConfig) -> dict[str, Any]:
 def print_summary(config: RunConfig, summary: dict[str, Any], console: Console) -> None:
     table = Table(title=f"{summary['name']}: {summary['hook']} of {summary['model']}, judge {summary['judge']}")
     for heading in ("scorer", "judged", "mean", "95% interval", "shuffled", "chance", "latents", "missing"):
-        table.add_column(heading, justify="left" if heading in ("scorer", "judged") else "right")
+        table.add_column(heading, justify="left" if heading in ("scorer", "judged") else "right", no_wrap=True)
     for row in summary["scores"]:
         table.add_row(
             row["scorer"], row["kind"], _f(row["mean"]), f"{_f(row['low'])} to {_f(row['high'])}",
@@ -59,7 +61,8 @@ def print_summary(config: RunConfig, summary: dict[str, Any], console: Console) 
         console.print(
             f"per latent: {each['seconds']:.1f} s, {computed:,.0f} prompt tokens computed, "
             f"{each['cached_tokens']:,.0f} cached, {each['output_tokens']:,.0f} written; "
-            f"{summary['cost']['parse_failures']:.0f} explanations did not parse",
+            f"{summary['cost']['parse_failures']:.0f} explanations did not parse"
+            + (f"; the judge had work {summary['busy_share']:.0%} of the time" if summary["busy_share"] else ""),
             soft_wrap=True,
         )
     console.print(

@@ -46,7 +46,12 @@ def corpus(documents: int = 240) -> list[str]:
     return [" ".join(rng.sample(topics[i % len(topics)], 3) + rng.sample(filler, 9)) for i in range(documents)]
 
 
-class Oracle:
+class BothModes:
+    async def modes(self) -> tuple[Mode, ...]:
+        return ("likelihood", "yes_no")
+
+
+class Oracle(BothModes):
     """Knows the answer in one mode and guesses in the other."""
 
     def __init__(self, items: list[PlantedItem], good: Mode | None) -> None:
@@ -121,7 +126,7 @@ def test_a_good_judge_in_a_mode_that_was_not_allowed_does_not_count() -> None:
 
 
 def test_a_judge_that_answers_nothing_is_not_believed() -> None:
-    class Silent:
+    class Silent(BothModes):
         async def score(self, pairs: list[tuple[str, str]], mode: Mode) -> list[float | None]:
             return [None] * len(pairs)
 
@@ -165,7 +170,7 @@ def test_anchors_are_gold_items_of_both_answers_with_the_verdicts_of_the_chosen_
     oracle = Oracle(items, "yes_no")
     said: dict[tuple[str, str, Mode], float] = {}
 
-    class Recorded:
+    class Recorded(BothModes):
         async def score(self, pairs: list[tuple[str, str]], mode: Mode) -> list[float | None]:
             answers = await oracle.score(pairs, mode)
             said.update({(*pair, mode): answer for pair, answer in zip(pairs, answers, strict=True)})
@@ -175,3 +180,14 @@ def test_anchors_are_gold_items_of_both_answers_with_the_verdicts_of_the_chosen_
     assert len(anchors) == 32
     assert all(a.verdict == said[a.text, a.explanation, "yes_no"] for a in anchors)
     assert sum(oracle.truth[a.text, a.explanation] for a in anchors) == 16
+
+
+def test_a_judge_that_cannot_read_likelihoods_is_measured_in_the_mode_that_it_can():
+    items = planted()
+
+    class AnswersOnly(Oracle):
+        async def modes(self) -> tuple[Mode, ...]:
+            return ("yes_no",)
+
+    found = asyncio.run(calibrate(AnswersOnly(items, "yes_no"), items, JudgeConfig()))
+    assert list(found.modes) == ["yes_no"]

@@ -1,7 +1,7 @@
 """`sae-ray judge` against eai-delphi: the same judge model in vLLM, the same SAE, latents and documents, one machine.
 
     .venv/bin/python benchmarks/peer_envs.py delphi
-    .venv/bin/python benchmarks/judge_peer.py --sae runs/quickstart/saelens --latents 64 --ours OURS --out peer.json
+    .venv/bin/python benchmarks/judge.py --sae runs/quickstart/saelens --latents 64 --ours OURS --out peer.json
 
 OURS is a JSON file, or a command that writes one. A command is run after delphi, which decides what latents can be
 judged (active in 200 windows or more), with these names filled in: {sae} a SAELens folder, {corpus} a JSONL file,
@@ -100,7 +100,7 @@ def prepare(sae_folder: Path, judge: str, tokens: int) -> Inputs:
         )
     weights = next(sae_folder.glob("*.safetensors")) if detect(sae_folder) else sae_folder
     key = hashlib.sha256(f"{weights.resolve()} {weights.stat().st_mtime_ns} {judge} {tokens}".encode()).hexdigest()[:12]
-    home = cache_dir() / "judge_peer" / key
+    home = cache_dir() / "judge_bench" / key
     layer = int(where[1])
     inputs = Inputs(
         saelens=home / "saelens",
