@@ -157,7 +157,7 @@ class SAEConfig(Section):
         0.2, description="jumprelu: width of the straight-through kernel, as a share of a latent's threshold"
     )
     threshold_lr: Annotated[float, Field(gt=0)] = Field(
-        20, description="jumprelu: learning rate of the thresholds, as a multiple of trainer.lr, never decayed"
+        0.05, description="jumprelu: learning rate of the thresholds (of the size of activations), never decayed"
     )
     input_norm: Literal["none", "sqrt_d", "rms"] = Field(
         "sqrt_d", description="scalar on the inputs; sqrt_d: mean norm sqrt(d_in); rms: mean squared norm d_in"

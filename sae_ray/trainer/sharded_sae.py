@@ -99,7 +99,7 @@ class ShardedTrainer:
         self.dead_m = torch.zeros(m, dtype=torch.bool, device=device)
         self.n_dead = 0  # of all shards
         # What steers L0 must not slow down when the learning rate does.
-        self.optimiser = Optimiser(trainer, self.parameters(), {"theta": sae.threshold_lr * trainer.lr})
+        self.optimiser = Optimiser(trainer, self.parameters(), {"theta": sae.threshold_lr})
         self._workspace = Workspace()
         self._logged: list[tuple[int, float, float, float, torch.Tensor]] = []
         self._clock = [0.0, 0]  # seconds and steps since the last log

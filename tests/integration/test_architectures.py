@@ -71,12 +71,14 @@ def test_it_trains_on_smollm2(name, config, blocks):
     )
     trainer.initialise(x_TD[:4032], y_TO[:4032] if transcodes else None)
     window = 0
-    while trainer.steps_done < STEPS:
+    # Its L0 swings around the target while the encoder's rows still grow.
+    steps = STEPS if name != "jumprelu" else 2 * STEPS
+    while trainer.steps_done < steps:
         for index in window_batches(window, len(x_TD), BATCH, 0):
             trainer.step(x_TD[index], len(index), None, y_TO[index] if transcodes else None)
         window += 1
     rows = trainer.read_metrics()
-    last = rows[-10:]
+    last = rows[-10:] if name != "jumprelu" else rows[-30:]
     fvu, l0 = (sum(row[key] for row in last) / len(last) for key in ("fvu", "l0"))
     assert fvu < 0.6, rows[-1]
     assert fvu < 0.5 * rows[0]["fvu"]

@@ -23,9 +23,9 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "topk-aux-pool": ({"architecture": "topk", "aux_pool": 5, "aux_k": 2}, {}, False),
     "topk-margin": ({"architecture": "topk", "margin": 0.3}, {}, False),
     "matryoshka": ({"architecture": "matryoshka", "groups": [0.2, 0.5, 1.0]}, {}, False),
-    "jumprelu": ({"architecture": "jumprelu", "threshold_lr": 3}, {}, False),
+    "jumprelu": ({"architecture": "jumprelu", "threshold_lr": 0.009}, {}, False),
     "jumprelu-hoyer": (
-        {"architecture": "jumprelu", "threshold_lr": 3, "sparsity": "hoyer", "sparsity_coef": 0.01, "aux_k": 0},
+        {"architecture": "jumprelu", "threshold_lr": 0.009, "sparsity": "hoyer", "sparsity_coef": 0.01, "aux_k": 0},
         {"grad_clip": 0},
         False,
     ),

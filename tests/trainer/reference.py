@@ -77,7 +77,7 @@ class ReferenceSAE:
     ):
         self.sae, self.cfg, self.scales, self.centred, self.steps = sae, cfg, scales, centred, 0
         self.p = {name: tensor.clone().requires_grad_() for name, tensor in weights.items()}
-        self.fixed_lr = {"theta": sae.threshold_lr * cfg.lr}
+        self.fixed_lr = {"theta": sae.threshold_lr}
         groups = [{"params": [p], "name": name} for name, p in self.p.items()]
         if cfg.optimizer == "adamw":
             self.adam = torch.optim.AdamW(groups, lr=0, betas=cfg.betas, weight_decay=cfg.weight_decay, foreach=False)
