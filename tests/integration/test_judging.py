@@ -27,6 +27,7 @@ from sae_ray.trainer.mesh import Mesh
 from sae_ray.trainer.sharded_sae import ShardedTrainer
 
 D_SAE = 128
+PATIENCE_S = 600  # a machine may be busy with something else
 SETTINGS = {
     "seed": 3,
     "ray.address": "local",
@@ -43,6 +44,9 @@ SETTINGS = {
     "judging.baseline_neurons": 3,
     "judging.batch_latents": 4,
     "judge.kv_cache_gb": 0.5,
+    "judge.mode": "likelihood",
+    "judge.calibration.concepts": 8,
+    "judge.start_timeout_s": 600,
 }
 
 
@@ -78,15 +82,15 @@ def test_a_judging_is_stopped_goes_on_and_ends_with_scores_nulls_and_a_report(sa
     folder = tmp_path / "judge-layer2"
     storage = LocalStorage(folder)
     process = judge(sae, tmp_path)
-    runs.wait_for(lambda: bool(results.parts(storage)), process, 280)
+    runs.wait_for(lambda: bool(results.parts(storage)), process, 600)
     os.kill(process.pid, signal.SIGINT)
-    code, out, err = runs.finish(process)
+    code, out, err = runs.finish(process, PATIENCE_S)
     assert code == 130, (out, err)
     assert "the same command goes on" in err
     before = results.latest(results.read(storage, "scores"))
     assert before
 
-    code, out, err = runs.finish(judge(sae, tmp_path))
+    code, out, err = runs.finish(judge(sae, tmp_path), PATIENCE_S)
     assert code == 0, (out, err)
     rows = results.latest(results.read(storage, "scores"))
     assert before.items() <= rows.items(), "what was committed before the stop is what counts after it"
