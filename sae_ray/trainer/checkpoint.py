@@ -28,12 +28,13 @@ from sae_ray.tensor_file import buffers_of
 FORMAT = 2
 MANIFEST = "manifest.json"
 CREDIT = "credit."
-OF_THE_WHOLE_SAE = frozenset({"b_dec", "threshold", "price"})  # all else is per latent
+OF_THE_WHOLE_SAE = frozenset({"b_dec", "threshold", "price"})  # all else is per latent, but for what is the rank's own
+OF_A_RANK = "rng."
 
 
 def is_sharded(name: str) -> bool:
     """Whether the first axis of a state tensor is latents."""
-    return name.rsplit(".", 1)[-1] not in OF_THE_WHOLE_SAE
+    return not name.startswith(OF_A_RANK) and name.rsplit(".", 1)[-1] not in OF_THE_WHOLE_SAE
 
 
 def home(cfg: RunConfig) -> str | Path:

@@ -33,6 +33,8 @@ from sae_ray.trainer.saving import ShardWriter
 from sae_ray.trainer.sharded_sae import CreditLoss, ShardedTrainer
 from sae_ray.variants import SAESpec
 
+RNG = checkpoint.OF_A_RANK + "torch"
+
 if TYPE_CHECKING:
     from sae_ray.reward.credit import CreditSettings
 
@@ -241,7 +243,7 @@ class TrainerRank:
             for name, trainer in self.copies.items():
                 state = states[name] = trainer.state()
                 if name == "main":
-                    state["rng.torch"] = torch.get_rng_state()
+                    state[RNG] = torch.get_rng_state()
                     credit = self.credit.state_dict() if self.credit is not None else {}
                     state |= {checkpoint.CREDIT + key: tensor for key, tensor in credit.items()}
         return {
@@ -273,8 +275,8 @@ class TrainerRank:
             rows = checkpoint.read_rows(folder, manifest, name, trainer.first_latent, trainer.last_latent)
             trainer.load_state(rows, meta)
             self.copies[name] = trainer
-            if "rng.torch" in rows:
-                torch.set_rng_state(rows["rng.torch"])
+            if RNG in rows:
+                torch.set_rng_state(rows[RNG])
         self.credit = self._restored_credit(folder, manifest)
         return manifest
 

@@ -27,6 +27,7 @@ from sae_ray.trainer.mesh import Mesh
 from sae_ray.trainer.sharded_sae import ShardedTrainer
 
 D_SAE = 128
+pytestmark = pytest.mark.timeout(1800)
 PATIENCE_S = 600  # a machine may be busy with something else
 SETTINGS = {
     "seed": 3,

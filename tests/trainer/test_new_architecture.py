@@ -112,6 +112,7 @@ def test_its_parameter_is_sharded_in_checkpoints_and_read_by_the_trained_sae(tmp
     trainer = run(Mesh.alone())
     assert checkpoint.is_sharded("gain")
     assert checkpoint.is_sharded("adam.exp_avg.gain")
+    assert not checkpoint.is_sharded("rng.torch")
     sae = TrainedSAE.from_checkpoint(trainer.state(), trainer.meta())
     raw_BD = batches(1)[0]
     codes = trainer.encode(raw_BD)
