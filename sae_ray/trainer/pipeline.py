@@ -66,7 +66,8 @@ class WindowPipeline:
         self._flights.append(_Flight(window, self.cursor.window > window, refs, deadline))
 
     def pending_refs(self) -> list[ray.ObjectRef]:
-        return [ref for flight in self._flights for ref in flight.pending]
+        """Of the oldest window: windows are reported in order, also when a late look finds several trained."""
+        return list(self._flights[0].pending) if self._flights else []
 
     def on_ready(self, ref: ray.ObjectRef) -> TrainedWindow | None:
         """Takes a rank's answer; returns the window if it was the last one missing.
