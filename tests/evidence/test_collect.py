@@ -9,9 +9,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from evidence.passes import CFG, Corpus, D, L, Rows, S, make_block
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from passes import CFG, Corpus, D, L, Rows, S, make_block
 
 from sae_ray.config import JudgingConfig
 from sae_ray.errors import UserError

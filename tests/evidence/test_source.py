@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from sae.small_saes import D, K, M, raw_activations, small_sae
+from small_saes import D, K, M, raw_activations, small_sae
 
 from sae_ray.errors import UserError
 from sae_ray.evidence import source as source_module

@@ -4,6 +4,7 @@ import asyncio
 import random
 
 import pytest
+from word_tokens import Words
 
 from sae_ray.config import JudgeConfig
 from sae_ray.errors import UserError
@@ -19,24 +20,6 @@ TOPICS = {
     "farm": ["tractor", "harvest", "barn", "cattle", "meadow"],
     "music": ["violin", "melody", "chorus", "rhythm", "concert"],
 }
-
-
-class Words:
-    """A tokenizer of one token per word."""
-
-    def __init__(self) -> None:
-        self.ids: dict[str, int] = {}
-        self.words: list[str] = []
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        for word in text.split():
-            if word not in self.ids:
-                self.ids[word] = len(self.words)
-                self.words.append(word)
-        return [self.ids[word] for word in text.split()]
-
-    def decode(self, ids: list[int]) -> str:
-        return " ".join(self.words[i] for i in ids)
 
 
 def corpus(documents: int = 240) -> list[str]:

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from judge.test_explainers import Continues, Corpus, explain, latent, texts_of
+from explaining import Continues, Corpus, explain, latent, texts_of
 
 from sae_ray.judge.explainers.grouping import groups, k_means, silhouette
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from judge.test_calibration import Words
+from word_tokens import Words
 
 from sae_ray.judge.planting import KINDS, PlantedItem, find_concepts, plant_items, words_of
 
