@@ -1,6 +1,6 @@
 """Asking a judge from anywhere: cached, bounded, retried, counted.
 
-A verdict is assembled here from raw readings (`modes.py`), so that priors and distractors are read once and shared.
+A verdict is assembled here from raw readings (`modes.py`), so that priors are read once and shared.
 `Judge` is what all judges have in common; `JudgeClient` asks the pool, `endpoint.EndpointClient` a server that speaks
 OpenAI's API.
 """

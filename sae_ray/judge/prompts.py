@@ -16,11 +16,9 @@ Mode = Literal["likelihood", "yes_no"]
 MODES: tuple[Mode, ...] = ("likelihood", "yes_no")
 
 # Part of every cache key: raise it whenever a prompt below changes, and old verdicts are never mixed with new ones.
-PROMPT_VERSION = "6"
+PROMPT_VERSION = "7"
 
 _SYSTEM = "You answer whether a text shows what is described. Answer with one word: Yes or No."
-# Explanations that fit no text in particular; their mean tells how topic-like *any* phrase looks after this text.
-DISTRACTORS = ("sports results", "cooking recipes")
 
 
 class Tokenizer(Protocol):

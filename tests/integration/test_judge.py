@@ -21,7 +21,7 @@ from sae_ray.judge.client import JudgeClient
 from sae_ray.judge.deploy import JudgeApp
 from sae_ray.judge.explainer import STOP, explanation_prompt, parse_explanation
 from sae_ray.judge.planting import plant_items
-from sae_ray.judge.prompts import DISTRACTORS, explanation_continuation, likelihood_prompt
+from sae_ray.judge.prompts import explanation_continuation, likelihood_prompt
 from sae_ray.judge.reading import Reader
 
 pytestmark = pytest.mark.timeout(600)
@@ -217,8 +217,8 @@ def test_a_killed_replica_costs_time_but_no_answer_and_leaves_no_process(
     assert all(v is not None for v in verdicts)
     counters = client.counters
     assert counters.retries > 0
-    # 40 texts and no text, each with every explanation and distractor: every reading done once, none lost.
-    readings = 41 * (len(EXPLANATIONS) + len(DISTRACTORS))
+    # 40 texts and no text, each with every explanation: every reading done once, none lost.
+    readings = 41 * len(EXPLANATIONS)
     assert (counters.submitted, counters.done, counters.failed, counters.running) == (readings, readings, 0, 0)
     assert not alive(old)
 

@@ -20,7 +20,6 @@ import pytest
 from sae_ray.config import RunConfig
 from sae_ray.judge.client import JudgeClient
 from sae_ray.judge.pool import JudgePool
-from sae_ray.judge.prompts import DISTRACTORS
 from sae_ray.judge.verdict_cache import VerdictCache
 
 pytestmark = pytest.mark.timeout(1200)
@@ -123,7 +122,7 @@ def test_the_first_call_wakes_one_replica_that_answers_it(pool: JudgePool) -> No
 
     client = asyncio.run(ask())
     c = client.counters
-    readings = (len(PAIRS) // len(EXPLANATIONS) + 1) * (len(EXPLANATIONS) + len(DISTRACTORS))
+    readings = (len(PAIRS) // len(EXPLANATIONS) + 1) * len(EXPLANATIONS)
     assert (c.submitted, c.done, c.failed, c.running) == (readings, readings, 0, 0)
     assert c.queued == c.open_calls == 0
     assert replicas(pool) == 1
@@ -164,7 +163,7 @@ def test_a_second_run_pays_for_no_verdict_again(pool: JudgePool, tmp_path: Path)
     assert first == again
     assert paid["disk_hits"] == 0
     assert free["calls"] == free["prompt_tokens"] == 0
-    assert free["disk_hits"] == paid["done"] == 4 * (len(EXPLANATIONS) + len(DISTRACTORS))
+    assert free["disk_hits"] == paid["done"] == 4 * len(EXPLANATIONS)
 
 
 def test_an_engine_that_hangs_gives_missing_verdicts_and_no_slot_is_lost(pool: JudgePool) -> None:

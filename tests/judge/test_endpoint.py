@@ -18,7 +18,7 @@ from aiohttp import web
 from sae_ray.config import JudgeConfig
 from sae_ray.errors import UserError
 from sae_ray.judge.endpoint import EndpointClient, continuation_reading, yes_no_reading
-from sae_ray.judge.prompts import DISTRACTORS, explanation_continuation, likelihood_prompt
+from sae_ray.judge.prompts import explanation_continuation, likelihood_prompt
 
 KEY = "sk-very-secret-0123456789"
 
@@ -128,10 +128,7 @@ def expected(text: str, explanation: str) -> float:
             spelled += part
         return total
 
-    def gain(explanation: str) -> float:
-        return reading(text, explanation) - reading("", explanation)
-
-    return gain(explanation) - sum(gain(each) for each in DISTRACTORS) / len(DISTRACTORS)
+    return reading(text, explanation) - reading("", explanation)
 
 
 def balanced(client: EndpointClient) -> bool:
