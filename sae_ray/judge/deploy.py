@@ -17,7 +17,9 @@ import ray
 
 from sae_ray.config import JudgeConfig
 from sae_ray.errors import UserError
+from sae_ray.judge.adapters import fitting_rank
 from sae_ray.judge.roles import SCORER, Role
+from sae_ray.storage import aws_environment
 
 _MODEL_ID = "judge"
 # Ray Serve LLM names a deployment `<server class>:<model id>`.
@@ -78,7 +80,9 @@ class JudgeApp:
         if self._deploying is not None or self.cfg.app is not None:
             return
         self._owns_serve = not serve_is_up() if owns_serve is None else owns_serve
-        env = {"env_vars": {k: v for k, v in replica_env(self.cfg).items() if k.startswith(("HF_", "VLLM_"))}}
+        # What a replica shall have of the driver's environment, the deploying task must have: it passes it on.
+        passed = ("HF_", "VLLM_", "AWS_", "SAE_RAY_CACHE")
+        env = {"env_vars": {k: v for k, v in replica_env(self.cfg).items() if k.startswith(passed)}}
         self._deploying = _deploy.options(num_cpus=0, runtime_env=env).remote(
             self.cfg, self.name, [] if after is None else [after]
         )
@@ -221,6 +225,21 @@ def mirror_id(uri: str) -> str:
     return f"{_MODEL_ID}-{digest}"
 
 
+def check_mirrored(uri: str, folder: str) -> None:
+    """Refuses what came out of a bucket if it is no model; Ray Serve LLM only logs that a download failed.
+
+    Raises:
+        UserError: no config.json and safetensors in `folder`, this machine's copy.
+    """
+    found = Path(folder)
+    missing = [pattern for pattern in ("config.json", "*.safetensors") if not any(found.glob(pattern))]
+    if missing:
+        raise UserError(
+            f"judge.s3_mirror {uri}: no {' and no '.join(missing)} came from there; is the prefix that of the model's "
+            "folder, and have the replica's machine credentials, AWS_ENDPOINT_URL and AWS_REGION for it?"
+        )
+
+
 def deployment_options(cfg: JudgeConfig) -> dict[str, Any]:
     scaling = cfg.autoscaling
     return {
@@ -270,7 +289,9 @@ def engine_kwargs(cfg: JudgeConfig) -> dict[str, Any]:
         "trust_remote_code": cfg.trust_remote_code,
         "enable_prefix_caching": True,
         "max_num_seqs": _MAX_SEQUENCES,
-        "disable_log_stats": True,
+        # How long each engine step took comes with vLLM's statistics; server.py takes that and drops the rest.
+        "disable_log_stats": False,
+        "enable_logging_iteration_details": True,
         # On CPU "auto" is settled by the replica (server.py): the deploying machine may be of another kind.
         "dtype": cfg.dtype,
     }
@@ -288,20 +309,18 @@ def engine_kwargs(cfg: JudgeConfig) -> dict[str, Any]:
     if cfg.quantization is not None:
         kwargs["quantization"] = cfg.quantization
     if cfg.lora:
-        # vLLM's default rank is 16, and it refuses an adapter of a higher one.
-        kwargs |= {"enable_lora": True, "max_loras": len(cfg.lora), "max_lora_rank": lora_rank(cfg.lora)}
+        # vLLM's default rank is 16, and it refuses an adapter of a higher one. Of adapters that are not here but where
+        # the replica is, it finds out itself (adapters.py), and which modules they change.
+        kwargs |= {"enable_lora": True, "max_loras": len(cfg.lora), "max_lora_rank": fitting_rank(cfg.lora)}
     # Refused by the config where they would contradict what is above.
     return kwargs | cfg.engine_kwargs
 
 
-def lora_rank(adapters: dict[str, str]) -> int:
-    """The smallest rank that vLLM allows and all adapters fit into, as far as their folders can be read here."""
-    ranks = [16]
-    for folder in adapters.values():
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            ranks.append(int(json.loads((Path(folder).expanduser() / "adapter_config.json").read_text())["r"]))
-    allowed = [rank for rank in (16, 32, 64, 128, 256, 320, 512) if rank >= max(ranks)]
-    return allowed[0] if allowed else max(ranks)
+def _passed_on(cfg: JudgeConfig) -> dict[str, str]:
+    """The driver's settings that decide what a replica loads; of S3, where it is but not the keys to it."""
+    names = ("HF_HUB_OFFLINE", "HF_HOME", "SAE_RAY_CACHE")
+    mirror = aws_environment() if cfg.s3_mirror is not None else {}
+    return {key: os.environ[key] for key in names if key in os.environ} | mirror
 
 
 def replica_env(cfg: JudgeConfig) -> dict[str, str]:
@@ -312,7 +331,7 @@ def replica_env(cfg: JudgeConfig) -> dict[str, str]:
         "RAYLLM_ENGINE_START_TIMEOUT_S": str(int(cfg.start_timeout_s)),
         SETTINGS_VARIABLE: json.dumps({"stall_timeout_s": cfg.stall_timeout_s, "lora": cfg.lora}),
         # Ray sets CUDA_VISIBLE_DEVICES per actor; HF settings must agree with the driver's.
-        **{key: os.environ[key] for key in ("HF_HUB_OFFLINE", "HF_HOME", "SAE_RAY_CACHE") if key in os.environ},
+        **_passed_on(cfg),
     }
     if not cfg.gpus:
         # vLLM would bind one thread to each core it may use; a replica shares its machine with the run.

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import os
 from collections.abc import Mapping
 from http import HTTPStatus
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Unpack
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -21,9 +20,18 @@ import aiohttp
 
 from sae_ray.config import JudgeConfig
 from sae_ray.errors import UserError
-from sae_ray.judge.client import BadAnswer, Items, Judge, PutOff, Reading, Refused
+from sae_ray.judge.asking import BadAnswer, Common, Items, Judge, PutOff, Reading, Refused
+from sae_ray.judge.openai_answers import (
+    by_index,
+    continuation_reading,
+    message_of,
+    token_logprobs,
+    usage_of,
+    yes_no_reading,
+)
 from sae_ray.judge.prompts import MODES, Mode, explanation_continuation, likelihood_prompt, yes_no_prompt
-from sae_ray.judge.verdict_cache import VerdictCache
+
+__all__ = ["EndpointClient", "continuation_reading", "yes_no_reading"]
 
 # Most servers tell no more than this many alternatives to a token.
 _TOP_TOKENS = 20
@@ -31,7 +39,6 @@ _PROBE = "The topic of this text is"
 _BUSY = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
 # How servers say that a prompt does not fit.
 _TOO_LONG = ("context length", "too long", "maximum length", "max_model_len")
-_SAID = 300
 
 
 class _NotThere(UserError):
@@ -42,7 +49,7 @@ class EndpointClient(Judge):
     """Asks an OpenAI-compatible server, as `JudgeClient` asks the pool.
 
     Args:
-        cfg, calibration, cache, labels: see `Judge`.
+        cfg, common: see `Judge`.
     Raises:
         UserError: `judge.api_key_env` names a variable that is not set. When asking: the key is refused, the address
             or the model is wrong, or likelihoods are asked of a server that does not give them.
@@ -52,14 +59,8 @@ class EndpointClient(Judge):
     readings_per_call: ClassVar[Mapping[Mode, int]] = {"likelihood": 16, "yes_no": 1}
     prompts_per_call: ClassVar[int] = 1
 
-    def __init__(
-        self,
-        cfg: JudgeConfig,
-        calibration: Any = None,
-        cache: VerdictCache | None = None,
-        labels: tuple[str, str] | None = None,
-    ) -> None:
-        super().__init__(cfg, calibration, cache, labels)
+    def __init__(self, cfg: JudgeConfig, **common: Unpack[Common]) -> None:
+        super().__init__(cfg, **common)
         if cfg.endpoint is None:
             raise ValueError("judge.endpoint is not set")
         self._base = cfg.endpoint.rstrip("/")
@@ -129,12 +130,12 @@ class EndpointClient(Judge):
             first, paid = await self._likelihoods(request_id + "a", prompts[:half])
             second, also = await self._likelihoods(request_id + "b", prompts[half:])
             return first + second, {key: paid.get(key, 0) + also.get(key, 0) for key in paid | also}
-        choices = _by_index(answer, len(prompts))
+        choices = by_index(answer, len(prompts))
         readings: list[Reading | None] = []
         for choice, (_, after) in zip(choices, prompts, strict=True):
-            tokens, values = _token_logprobs(choice)
+            tokens, values = token_logprobs(choice)
             readings.append(continuation_reading(tokens, values, after, generated=int(self._echo_tokens or 0)))
-        return readings, {**_usage(answer), "unreadable": readings.count(None)}
+        return readings, {**usage_of(answer), "unreadable": readings.count(None)}
 
     async def _yes_no(self, request_id: str, text: str, explanation: str) -> tuple[Reading | None, dict[str, int]]:
         system, shared, question = yes_no_prompt(text, explanation)
@@ -152,12 +153,12 @@ class EndpointClient(Judge):
             self.last_error = str(error)
             return None, {}
         try:
-            top = _by_index(answer, 1)[0]["logprobs"]["content"][0]["top_logprobs"]
+            top = by_index(answer, 1)[0]["logprobs"]["content"][0]["top_logprobs"]
             alternatives = [(str(each["token"]), float(each["logprob"])) for each in top]
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise BadAnswer(f"no log-probabilities of the answer's token ({type(error).__name__})") from error
         value = yes_no_reading(alternatives)
-        return None if value is None else (value, 1), _usage(answer)
+        return None if value is None else (value, 1), usage_of(answer)
 
     async def _send_generate(self, request_id: str, prompts: list[str], *arguments: Any) -> dict[str, Any]:
         (prompt,) = prompts
@@ -178,13 +179,13 @@ class EndpointClient(Judge):
                 return {"texts": [[]], "usage": {}}
             raise
         try:
-            choices = _by_index(answer, n)
+            choices = by_index(answer, n)
             texts = [choice["message"]["content"] if chat else choice["text"] for choice in choices]
         except (KeyError, TypeError) as error:
             raise BadAnswer(f"choices without text ({type(error).__name__})") from error
         if not all(isinstance(text, str) for text in texts):
             raise BadAnswer("choices without text")
-        return {"texts": [texts], "usage": _usage(answer)}
+        return {"texts": [texts], "usage": usage_of(answer)}
 
     async def _found_out(self, request_id: str) -> dict[str, Any]:
         await self._find_out()
@@ -209,7 +210,7 @@ class EndpointClient(Judge):
                     self._why_no_echo = f" It says: {error}"
                     continue
                 try:
-                    _, values = _token_logprobs(_by_index(answer, 1)[0])
+                    _, values = token_logprobs(by_index(answer, 1)[0])
                 except BadAnswer:
                     continue
                 # The first token has none, and one that was generated does not count.
@@ -253,7 +254,7 @@ class EndpointClient(Judge):
         ) as response:
             raw = await response.read()
             status, after = response.status, response.headers.get("Retry-After", "")
-        said = self._redacted(_message(raw))
+        said = self._redacted(message_of(raw))
         if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
             # Servers like to quote the key that they refuse, in part: their words are not repeated here.
             how = "refuses the key of judge.api_key_env" if self._key else "asks for a key: set judge.api_key_env"
@@ -292,108 +293,6 @@ class EndpointClient(Judge):
         if isinstance(error, (BadAnswer, aiohttp.ClientError, OSError)):
             return "again"
         return "raise"
-
-
-def continuation_reading(
-    tokens: list[str], values: list[float | None], continuation: str, generated: int
-) -> Reading | None:
-    """Log-probability (nats) of the tokens that spell `continuation` at the end of an echoed prompt, and their number.
-
-    Counted from the end: a text from the corpus may hold characters that are split over tokens, and then neither
-    offsets nor joined tokens can be trusted up to it. None: no tokens spell it.
-
-    Args:
-        tokens, values: as echoed, and up to `generated` more that were not in the prompt.
-    """
-    for beyond in range(generated, -1, -1):
-        spelled, total = "", 0.0
-        for number, at in enumerate(range(len(tokens) - 1 - beyond, 0, -1), start=1):
-            value = values[at]
-            if value is None:
-                break
-            spelled, total = _spelled(tokens[at]) + spelled, total + value
-            # Some tokenizers' tokens lose the blank that opens a word; others may have it as a token of its own.
-            lost = spelled == continuation.lstrip() and _spelled(tokens[at - 1]) + spelled != continuation
-            if spelled == continuation or lost:
-                return total, number
-            if len(spelled) >= len(continuation):
-                break
-    return None
-
-
-def _spelled(token: str) -> str:
-    """A token as it stands in the text; some servers give the vocabulary's own spelling of blanks."""
-    return token.replace("Ġ", " ").replace("▁", " ")
-
-
-def yes_no_reading(alternatives: list[tuple[str, float]]) -> float | None:
-    """log P(Yes) - log P(No), in nats, from the answer token's likeliest alternatives.
-
-    Where only one of the two is among them, the other is at most as likely as the least likely that is: the sign is
-    right then, and the size a lower bound. None where neither is.
-    """
-    best: dict[str, float] = {}
-    for token, value in alternatives:
-        word = token.strip(" ▁Ġ\n").lower()
-        if word in ("yes", "no") and math.isfinite(value):
-            best[word] = max(value, best.get(word, -math.inf))
-    if not best:
-        return None
-    least = min(value for _, value in alternatives if math.isfinite(value))
-    return best.get("yes", least) - best.get("no", least)
-
-
-def _by_index(answer: dict[str, Any], expected: int) -> list[dict[str, Any]]:
-    """The answer's choices in the order of the prompts."""
-    choices = answer.get("choices")
-    if not isinstance(choices, list) or len(choices) != expected:
-        raise BadAnswer(
-            f"{len(choices) if isinstance(choices, list) else 'no'} choices where {expected} were asked for"
-        )
-    try:
-        ordered = sorted(choices, key=lambda choice: int(choice["index"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise BadAnswer("choices without an index") from error
-    if [choice["index"] for choice in ordered] != list(range(expected)):
-        raise BadAnswer("choices whose indices are not those of the prompts")
-    return ordered
-
-
-def _token_logprobs(choice: dict[str, Any]) -> tuple[list[str], list[float | None]]:
-    logprobs = choice.get("logprobs")
-    if not isinstance(logprobs, dict):
-        raise BadAnswer("no log-probabilities")
-    tokens, values = logprobs.get("tokens"), logprobs.get("token_logprobs")
-    if not isinstance(tokens, list) or not isinstance(values, list) or len(tokens) != len(values):
-        raise BadAnswer("log-probabilities that do not match their tokens")
-    if not all(isinstance(token, str) for token in tokens):
-        raise BadAnswer("tokens that are no text")
-    if not all(value is None or isinstance(value, (int, float)) for value in values):
-        raise BadAnswer("log-probabilities that are no numbers")
-    return tokens, values
-
-
-def _usage(answer: dict[str, Any]) -> dict[str, int]:
-    usage = answer.get("usage")
-    usage = usage if isinstance(usage, dict) else {}
-    details = usage.get("prompt_tokens_details")
-    counts = {
-        "prompt_tokens": usage.get("prompt_tokens"),
-        "cached_tokens": details.get("cached_tokens") if isinstance(details, dict) else None,
-        "output_tokens": usage.get("completion_tokens"),
-    }
-    return {name: count for name, count in counts.items() if isinstance(count, int)}
-
-
-def _message(raw: bytes) -> str:
-    """What an error's body says, in one line."""
-    text = raw[: 10 * _SAID].decode(errors="replace")
-    try:
-        error = json.loads(raw)["error"]
-        text = str(error["message"] if isinstance(error, dict) else error)
-    except (ValueError, KeyError, TypeError):
-        pass
-    return " ".join(text.split())[:_SAID]
 
 
 def _proxy(url: str) -> str | None:

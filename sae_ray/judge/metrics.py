@@ -1,7 +1,13 @@
-"""What a judge's work looks like from outside: counters of a caller, Ray's metrics, and an engine's busy time."""
+"""What a judge's work looks like from outside: counters of a caller, Ray's metrics, and an engine's busy time.
+
+Two shares of a replica's time are told apart. `busy`: at least one request was with the engine, so nobody else kept it
+waiting. `stepping`: the engine's workers were executing a batch. A busy engine that does not step spends its time on
+scheduling, on messages between processes, or waits for a core.
+"""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +20,8 @@ _EXPORTED = (
     *("prompt_tokens", "cached_tokens", "output_tokens"),
 )
 _CALL_SECONDS = [0.1, 0.3, 1, 3, 10, 30, 100, 300]
+# up, busy and step seconds of a replica
+_Report = tuple[float, ...]
 
 
 @dataclass
@@ -61,7 +69,7 @@ class PoolMetrics:
         }
         self._levels = {
             name: Gauge(f"sae_ray_pool_{name}", description=f"judge pool: {name}", tag_keys=tuple(tags))
-            for name in ("queued_calls", "open_calls", "running", "replicas", "busy_share")
+            for name in ("queued_calls", "open_calls", "running", "replicas", "busy_share", "step_share")
         }
         self._seconds = Histogram(
             "sae_ray_pool_call_seconds",
@@ -75,7 +83,7 @@ class PoolMetrics:
     def call(self, seconds: float) -> None:
         self._seconds.observe(seconds)
 
-    def update(self, counters: Counters, busy_share: float | None = None) -> None:
+    def update(self, counters: Counters, shares: BusyShare) -> None:
         """Export what has changed since the last time."""
         for name, metric in self._counters.items():
             if (rise := getattr(counters, name) - getattr(self._sent, name)) > 0:
@@ -84,8 +92,9 @@ class PoolMetrics:
         self._levels["queued_calls"].set(counters.queued)
         self._levels["open_calls"].set(counters.open_calls)
         self._levels["running"].set(counters.running)
-        if busy_share is not None:
-            self._levels["busy_share"].set(busy_share)
+        for name, share in (("busy_share", shares.value), ("step_share", shares.stepping)):
+            if share is not None:
+                self._levels[name].set(share)
 
     def replicas(self, running: int) -> None:
         self._levels["replicas"].set(running)
@@ -132,21 +141,48 @@ class BusyClock:
         return self._clock() - self._progress if self.running else 0.0
 
 
+class StepClock:
+    """Seconds that an engine's workers have spent on batches, as the engine core itself timed each.
+
+    The core reads its clock when it begins to wait for a batch's result and when that is there. While it schedules the
+    next batch beside a running one it does not wait, so this is a lower bound; what it misses is the core's own work.
+    A worker that waits for a processor core that others use is executing by this clock, as it is by the wall's.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.steps = 0
+
+    def add(self, elapsed_ms: float) -> None:
+        self.seconds += elapsed_ms / 1000
+        self.steps += 1
+
+
 class BusyShare:
     """Over the replicas that answered a caller: busy seconds per second between each one's first and last report."""
 
     def __init__(self) -> None:
-        self._seen: dict[str, tuple[tuple[float, float], tuple[float, float]]] = {}
+        self._seen: dict[str, tuple[_Report, _Report]] = {}
 
     def add(self, report: Mapping[str, Any]) -> None:
-        """report: `replica`, `up_seconds` and `busy_seconds`, as `JudgeServer` attaches them to every answer."""
-        now = (float(report["up_seconds"]), float(report["busy_seconds"]))
+        """report: `replica`, `up_seconds`, `busy_seconds` and, if known, `step_seconds`, as `JudgeServer` attaches
+        them to every answer."""
+        now = tuple(float(report.get(key, math.nan)) for key in ("up_seconds", "busy_seconds", "step_seconds"))
         first, last = self._seen.get(report["replica"], (now, now))
         # Answers overtake each other.
         self._seen[report["replica"]] = (min(first, now), max(last, now))
 
     @property
     def value(self) -> float | None:
+        """Share of the time in which at least one request was with the engine; None before a second report."""
+        return self._share(1)
+
+    @property
+    def stepping(self) -> float | None:
+        """Share of the time in which the engine executed a batch (see `StepClock`); None where no replica tells it."""
+        return self._share(2)
+
+    def _share(self, column: int) -> float | None:
         up = sum(last[0] - first[0] for first, last in self._seen.values())
-        busy = sum(last[1] - first[1] for first, last in self._seen.values())
-        return busy / up if up > 0 else None
+        spent = sum(last[column] - first[column] for first, last in self._seen.values())
+        return spent / up if up > 0 and math.isfinite(spent) else None

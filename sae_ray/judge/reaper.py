@@ -2,13 +2,16 @@
 
 vLLM's engine runs in child processes. When the replica itself is killed (out of memory, a lost node's raylet, a chaos
 test), nobody is left to end them, and they would keep their memory and GPU. The reaper holds the read end of a pipe:
-however the replica dies, the pipe closes. Run as `python -m sae_ray.judge.reaper`.
+however the replica dies, the pipe closes. Until it is told which processes to watch, it notes the replica's children
+itself: an engine that is still starting when its replica dies has not been named yet. Run as
+`python -m sae_ray.judge.reaper`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -16,6 +19,7 @@ import time
 from collections.abc import Sequence
 
 _GRACE_S = 5.0
+_LOOK_S = 1.0
 
 
 class Reaper:
@@ -72,10 +76,24 @@ def _with_descendants(pids: Sequence[int]) -> list[int]:
 def main() -> None:
     # The tree is noted while it stands: an engine that is dying reparents its workers, and they would be lost.
     named: dict[int, str] = {}
-    for line in sys.stdin:
-        for pid in _with_descendants([int(line)]):
-            if (started := _started(pid)) is not None:
+    replica, told = os.getppid(), False
+
+    def note(pids: Sequence[int]) -> None:
+        for pid in _with_descendants(pids):
+            if pid not in (replica, os.getpid()) and (started := _started(pid)) is not None:
                 named[pid] = started
+
+    while True:
+        # Only while the engine starts: what it is made of then is known, and /proc need not be read every second.
+        if not told and not select.select([sys.stdin], [], [], _LOOK_S)[0]:
+            if os.getppid() == replica:
+                note([replica])
+            continue
+        line = sys.stdin.readline()
+        if not line:
+            break
+        told = True
+        note([int(line)])
     for sign, wait_s in ((signal.SIGTERM, _GRACE_S), (signal.SIGKILL, 0.0)):
         for pid in [pid for pid, started in named.items() if _started(pid) == started]:
             with contextlib.suppress(ProcessLookupError):

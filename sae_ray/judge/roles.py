@@ -31,9 +31,13 @@ DECIDED = {
     "quantization": "quantization",
     "kv_cache_memory_bytes": "kv_cache_gb",
     "enable_lora": "lora",
+    "lora_target_modules": "lora",
 }
-# Those that a verdict's reading rests on; no key changes them.
-FIXED = ("enable_prefix_caching", "block_size", "disable_log_stats", "distributed_executor_backend")
+# Those that a verdict's reading and an engine's timing rest on; no key changes them.
+FIXED = (
+    *("enable_prefix_caching", "block_size", "distributed_executor_backend"),
+    *("disable_log_stats", "enable_logging_iteration_details"),
+)
 
 
 def judges_of(run: RunConfig) -> dict[Role, JudgeConfig]:
@@ -97,7 +101,9 @@ def check_judge(cfg: JudgeConfig) -> None:
         if key in DECIDED:
             raise ValueError(f"judge.engine_kwargs.{key}: is decided by judge.{DECIDED[key]}")
         if key in FIXED:
-            raise ValueError(f"judge.engine_kwargs.{key}: is fixed, because verdicts are read with it")
+            raise ValueError(
+                f"judge.engine_kwargs.{key}: is fixed, because verdicts are read and engines timed with it"
+            )
 
 
 def _check_keys(keys: dict[str, Any], section: type[BaseModel], where: str) -> None:

@@ -27,10 +27,12 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMClientError
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+from vllm.v1.metrics.loggers import StatLoggerBase
 
 from sae_ray.embedded import resolve_model
-from sae_ray.judge.deploy import SETTINGS_VARIABLE
-from sae_ray.judge.metrics import BusyClock
+from sae_ray.judge.adapters import adapter_folders, engine_room
+from sae_ray.judge.deploy import SETTINGS_VARIABLE, check_mirrored
+from sae_ray.judge.metrics import BusyClock, StepClock
 from sae_ray.judge.prompts import Mode
 from sae_ray.judge.reading import Placeholder, Reader, Usage
 from sae_ray.judge.reaper import start_reaper
@@ -42,12 +44,20 @@ _ABANDONED_S = 15.0
 
 
 class LocalModel(CallbackBase):
-    """Skips Ray Serve LLM's download task for a model that is a folder: it would only import vLLM again."""
+    """Skips Ray Serve LLM's download task for a model that is a folder: it would only import vLLM again.
+
+    What the task fetches from a bucket is looked at before the engine is started with it.
+    """
 
     async def on_before_node_init(self) -> None:
         loading: Any = self.llm_config.model_loading_config
         if isinstance(loading.model_source, str) and os.path.isdir(loading.model_source):
             self.ctx.run_init_node = False
+
+    async def on_after_node_init(self) -> None:
+        config: Any = self.llm_config.get_engine_config()
+        if config.mirror_config is not None and config.mirror_config.bucket_uri:
+            check_mirrored(config.mirror_config.bucket_uri, config.actual_hf_model_id)
 
 
 def cpu_dtype() -> str:
@@ -81,6 +91,21 @@ class _VLLM:
         return last
 
 
+class _StepTimes(StatLoggerBase):
+    """A vLLM stat logger that keeps one number of each engine step and exports nothing."""
+
+    def __init__(self, clock: StepClock) -> None:
+        self._clock = clock
+
+    def record(self, scheduler_stats: Any, *args: Any, **kwargs: Any) -> None:
+        details = getattr(scheduler_stats, "iteration_details", None)
+        if details is not None:
+            self._clock.add(details.elapsed_ms)
+
+    def log_engine_initialized(self) -> None:
+        """Nothing to tell."""
+
+
 class JudgeServer(LLMServer):
     """Answers `read` and `generate`, each a batch per call, idempotent by request id."""
 
@@ -91,15 +116,19 @@ class JudgeServer(LLMServer):
             source.model_source = resolve_model(source.model_source, "judge.model")
         if llm_config.accelerator_config.kind == "cpu" and llm_config.engine_kwargs["dtype"] == "auto":
             llm_config.engine_kwargs["dtype"] = cpu_dtype()
+        settings = json.loads(os.environ.get(SETTINGS_VARIABLE, "{}"))
+        if lora := adapter_folders(settings.get("lora", {})):
+            room = engine_room(lora)
+            room["max_lora_rank"] = max(room["max_lora_rank"], llm_config.engine_kwargs["max_lora_rank"])
+            llm_config.engine_kwargs.update(room)
         llm_config._engine_config = None
         self._answers: OrderedDict[str, asyncio.Task[dict[str, Any]]] = OrderedDict()
         self._waiters: dict[asyncio.Task[dict[str, Any]], int] = {}
-        settings = json.loads(os.environ.get(SETTINGS_VARIABLE, "{}"))
         self._stall_timeout_s = float(settings.get("stall_timeout_s", float("inf")))
         self._adapters = {
             # vLLM tells adapters apart by number.
             name: LoRARequest(lora_name=name, lora_int_id=number, lora_path=path)
-            for number, (name, path) in enumerate(settings.get("lora", {}).items(), start=1)
+            for number, (name, path) in enumerate(lora.items(), start=1)
         }
         self._replica = serve.get_replica_context().replica_id.unique_id
         self._reaper = start_reaper()
@@ -107,7 +136,10 @@ class JudgeServer(LLMServer):
         engine: Any = self.engine
         self._client = engine._engine_client
         self._reaper.watch([child.pid for child in multiprocessing.active_children() if child.pid])
-        self._clock = BusyClock()
+        self._clock, self._steps = BusyClock(), StepClock()
+        # Instead of vLLM's Prometheus logger, which keeps histograms of every request: nobody scrapes a replica.
+        if self._client.logger_manager is not None:
+            self._client.logger_manager.stat_loggers = [_StepTimes(self._steps)]
 
     def _engine(self, adapter: str | None) -> _VLLM:
         return _VLLM(self._client, self._clock, None if adapter is None else self._adapters[adapter])
@@ -218,10 +250,14 @@ class JudgeServer(LLMServer):
             "adapters": list(self._adapters),
             **self._report(),
             "running": self._clock.running,
+            "steps": self._steps.steps,
         }
 
     async def check_health(self) -> None:
-        """As Ray Serve LLM's, and an engine that has work but finishes none of it is not well either."""
+        """As Ray Serve LLM's, and an engine that has work but finishes none of it is not well either.
+
+        Serve asks every 10 s and replaces a replica at the third failure in a row.
+        """
         await super().check_health()
         if self._clock.stalled_s > self._stall_timeout_s:
             raise RuntimeError(
@@ -230,8 +266,13 @@ class JudgeServer(LLMServer):
             )
 
     def _report(self) -> dict[str, Any]:
-        """Whose engine this is, for how long it has been up, and for how much of it a request was running."""
-        return {"replica": self._replica, "up_seconds": self._clock.up_s, "busy_seconds": self._clock.busy_s}
+        """Whose engine this is, how long it has been up, and how much of that it had requests and executed batches."""
+        return {
+            "replica": self._replica,
+            "up_seconds": self._clock.up_s,
+            "busy_seconds": self._clock.busy_s,
+            "step_seconds": self._steps.seconds,
+        }
 
     async def _once(self, request_id: str, work: Callable[[], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
         """Run `work`, or wait for the run that an earlier call with this id started."""
@@ -262,4 +303,6 @@ class JudgeServer(LLMServer):
         if client is not None:
             client.shutdown()
         await super().__del__()
-        self._reaper.stop()
+        # A model or an adapter that is not there ends the constructor before it has one.
+        if (reaper := getattr(self, "_reaper", None)) is not None:
+            reaper.stop()

@@ -218,7 +218,7 @@ def test_load_brings_a_second_replica_and_the_death_of_one_mid_batch_changes_no_
         return client, verdicts, took
 
     client, verdicts, took = asyncio.run(ask())
-    c, share = client.counters, client.busy.value
+    c, share, stepping = client.counters, client.busy.value, client.busy.stepping
     print(f"1 -> 2 replicas in {took:.0f} s; {client.statistics()}")
     assert_as_known(PAIRS * (len(verdicts) // len(PAIRS)), verdicts)
     assert (c.failed, c.running, c.queued, c.open_calls) == (0, 0, 0, 0)
@@ -226,6 +226,9 @@ def test_load_brings_a_second_replica_and_the_death_of_one_mid_batch_changes_no_
     assert c.back_pressure > 0, "six calls for at most three that run and two that wait"
     assert share is not None
     assert 0.5 < share <= 1
+    assert stepping is not None
+    # A step is counted when it ends, so the first of a window may have begun before it.
+    assert 0.2 < stepping < share + 0.1
 
 
 def test_without_work_the_pool_returns_to_no_replica_and_no_process(pool: JudgePool) -> None:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import psutil
 import pytest
+from safetensors.numpy import save_file
 
 from sae_ray.config import AutoscalingConfig, JudgeConfig, RunConfig
 from sae_ray.config_file import parse_config
 from sae_ray.errors import UserError
-from sae_ray.judge.deploy import SETTINGS_VARIABLE, app_name, llm_config, placement, replica_env
+from sae_ray.judge.adapters import adapter_folders, engine_room
+from sae_ray.judge.deploy import SETTINGS_VARIABLE, app_name, check_mirrored, llm_config, placement, replica_env
 from sae_ray.judge.endpoint import EndpointClient
+from sae_ray.judge.metrics import BusyShare, StepClock
 from sae_ray.judge.pool import JudgePool
 from sae_ray.judge.roles import judges_of
 
@@ -77,6 +85,110 @@ def test_the_engine_makes_room_for_the_largest_adapter(tmp_path: Path, rank: int
     assert llm_config(JudgeConfig(lora={"a": str(tmp_path), "b": "hub/id"}))["engine_kwargs"]["max_lora_rank"] == asked
 
 
+def adapter(folder: Path, modules: list[str], rank: int = 4) -> str:
+    """An adapter's folder as PEFT saves it, with weights of these modules."""
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"r": rank, "target_modules": "all-linear"}))
+    parts = [f"base_model.model.{name}.lora_{side}.weight" for name in modules for side in "AB"]
+    save_file({part: np.zeros((2, 2), np.float32) for part in parts}, folder / "adapter_model.safetensors")
+    return str(folder)
+
+
+def test_the_engine_makes_room_for_the_modules_that_adapters_change_and_no_others(tmp_path: Path) -> None:
+    """From the weights themselves: PEFT's config may say `all-linear`, or a pattern."""
+    layer = "model.layers.0"
+    lora = {
+        "a": adapter(tmp_path / "a", [f"{layer}.self_attn.q_proj", f"{layer}.mlp.down_proj"], rank=8),
+        "b": adapter(tmp_path / "b", [f"{layer}.self_attn.q_proj", "model.embed_tokens"], rank=40),
+    }
+    assert engine_room(adapter_folders(lora)) == {
+        "max_lora_rank": 64,
+        "lora_target_modules": ["down_proj", "embed_tokens", "q_proj"],
+    }
+
+
+def test_an_adapter_that_a_likelihood_would_not_see_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"judge\.lora\.a .*lm_head"):
+        engine_room({"a": adapter(tmp_path / "a", ["model.layers.0.mlp.up_proj", "lm_head"])})
+
+
+def test_an_adapter_without_safetensors_and_one_that_is_nowhere_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "adapter_config.json").write_text('{"r": 4}')
+    (tmp_path / "old" / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(UserError, match=r"judge\.lora\.old .*adapter_model\.safetensors"):
+        adapter_folders({"old": str(tmp_path / "old")})
+    with pytest.raises(UserError, match=r"judge\.lora\.gone .*is no folder here"):
+        adapter_folders({"gone": str(tmp_path / "gone")})
+
+
+def test_a_mirror_that_gave_no_model_is_named_with_what_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"judge\.s3_mirror s3://b/m: no \*\.safetensors came"):
+        check_mirrored("s3://b/m", str(tmp_path))
+    # What Ray Serve LLM calls the model when nothing came at all.
+    with pytest.raises(UserError, match=r"no config\.json and no \*\.safetensors .*AWS_ENDPOINT_URL"):
+        check_mirrored("s3://b/m", "judge-0123456789ab")
+    (tmp_path / "model.safetensors").touch()
+    check_mirrored("s3://b/m", str(tmp_path))
+
+
+def test_a_mirrors_address_goes_to_replicas_and_its_keys_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    mirrored = replica_env(JudgeConfig(s3_mirror="s3://models/a"))
+    assert mirrored["AWS_ENDPOINT_URL"] == "http://127.0.0.1:9"
+    assert "secret" not in json.dumps(mirrored)
+    assert "AWS_ENDPOINT_URL" not in replica_env(JudgeConfig())
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["while its engine starts", "when its engine serves"])
+def test_a_killed_replica_leaves_no_engine_behind(named: bool) -> None:
+    """A stand-in for the replica: an interpreter with a child and grandchild that would outlive it."""
+    script = (
+        "import subprocess, sys, time\n"
+        "from sae_ray.judge.reaper import start_reaper\n"
+        "reaper = start_reaper()\n"
+        "child = subprocess.Popen([sys.executable, '-c', "
+        '\'import subprocess; subprocess.run(["sleep", "600"])\'])\n'
+        f"if {named}: time.sleep(1); reaper.watch([child.pid])\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    replica = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    try:
+        assert replica.stdout is not None
+        engine = psutil.Process(int(replica.stdout.readline()))
+        if not named:
+            time.sleep(2.5)  # longer than the reaper takes to look around
+        tree = [engine, *engine.children(recursive=True)]
+        assert len(tree) == 2
+    finally:
+        replica.kill()
+        replica.communicate()
+    assert not psutil.wait_procs(tree, timeout=10)[1]
+
+
+def test_what_an_engine_step_took_is_always_reported() -> None:
+    made = llm_config(JudgeConfig())["engine_kwargs"]
+    assert (made["disable_log_stats"], made["enable_logging_iteration_details"]) == (False, True)
+
+
+def test_time_in_steps_is_told_from_time_with_requests_and_unknown_where_no_replica_tells_it() -> None:
+    clock, share = StepClock(), BusyShare()
+    share.add({"replica": "a", "up_seconds": 10, "busy_seconds": 4, "step_seconds": clock.seconds})
+    clock.add(1500)
+    clock.add(500)
+    share.add({"replica": "a", "up_seconds": 20, "busy_seconds": 12, "step_seconds": clock.seconds})
+    assert (share.value, share.stepping, clock.steps) == (0.8, 0.2, 2)
+    for up in (0, 10):
+        share.add({"replica": "silent", "up_seconds": up, "busy_seconds": up})
+    assert (share.value, share.stepping) == (0.9, None)
+
+
 def test_two_mirrors_do_not_share_a_folder_on_a_node() -> None:
     one, other, same = (
         llm_config(JudgeConfig(s3_mirror=uri))["model_loading_config"]
@@ -108,6 +220,11 @@ def test_two_mirrors_do_not_share_a_folder_on_a_node() -> None:
         ({"endpoint_model": "m"}, {}, ["judge.endpoint_model is for judge.endpoint"]),
         ({"engine_kwargs": {"dtype": "half"}}, {}, ["judge.engine_kwargs.dtype", "judge.dtype"]),
         ({"engine_kwargs": {"block_size": 16}}, {}, ["judge.engine_kwargs.block_size", "is fixed"]),
+        (
+            {"engine_kwargs": {"lora_target_modules": ["x"]}},
+            {},
+            ["judge.engine_kwargs.lora_target_modules", "judge.lora"],
+        ),
         ({"s3_mirror": "/models"}, {}, ["judge.s3_mirror '/models'", "s3://bucket/prefix"]),
         ({"lora": {"a": "s3://b/a"}}, {}, ["judge.lora.a", "folder"]),
         ({"autoscaling": {"max_queued_requests": 0}}, {}, ["max_queued_requests 0"]),
