@@ -90,14 +90,16 @@ def judge(
     verbose: Annotated[bool, typer.Option(help="show the actors' logs")] = False,
 ) -> None:
     """Explain and score the latents of an SAE, with nulls and intervals; the same command goes on where it stopped."""
+    from sae_ray.judge.roles import ROLES
     from sae_ray.judging.run import Budget, judge_sae
     from sae_ray.judging.target import find_target, latents_of
-    from sae_ray.preflight import check_sources
+    from sae_ray.preflight import check_judges, check_sources
 
     limit = Budget.parse(budget)
     target = find_target(sae, config, overrides or [], corpus, name)
     chosen = latents_of(latents, target.sae.d_sae)
     check_sources(target.config)
+    check_judges(target.config, ROLES)
     judge_sae(target, chosen, limit, fresh=fresh, verbose=verbose)
 
 

@@ -26,8 +26,9 @@ import ray
 from sae_ray.activations.stream import BlockStream
 from sae_ray.config import RunConfig
 from sae_ray.errors import RunInterrupted, UserError
-from sae_ray.judge.deploy import JudgeApp
+from sae_ray.judge.pool import JudgePool
 from sae_ray.reward.link import Calibrated, DeskLink, JudgedRound
+from sae_ray.reward.pool_judge import without_heldout
 from sae_ray.session import Deadline, Interrupt
 from sae_ray.telemetry import Gauges, Progress, RateMeter, RunLog, RunStatus
 from sae_ray.trainer import checkpoint
@@ -51,7 +52,8 @@ class Controller:
         self.interrupt = interrupt
         self.gauges = Gauges(config.name)
         self.stream = BlockStream(config)
-        self.judge = JudgeApp(config.judge, config.name, keep_serve=config.ray.address == "local")
+        # The held-out judge starts when the evaluation asks it.
+        self.judge = JudgePool(without_heldout(config), keep_serve=config.ray.address == "local")
         self.desk = DeskLink(config, self.judge)
         self.committed_step = 0
         self.saved_step = 0  # of the last snapshot: committed, or on its way
@@ -107,10 +109,10 @@ class Controller:
         self.progress.phase("evidence", f"{config.evidence_blocks} blocks of the evidence split")
         self._evidence = self._wait_evidence()
         self.progress.phase("calibration", "planted items, both verdict modes")
-        limit = self.config.judge.start_timeout_s + config.round_timeout_s
+        limit = self.judge.start_limit_s + config.round_timeout_s
         self._wait_while(
             lambda: not self.desk.calibrated,
-            Deadline(limit, f"the judge {self.config.judge.model} to start and be calibrated"),
+            Deadline(limit, f"the judge {self.judge.names} to start and be calibrated"),
         )
         if config.control and not self.group.has_control:
             self.group.fork_control()
@@ -328,6 +330,8 @@ class Controller:
             f"round {answer.number + 1}: {summary['verdicts']} verdicts, mean AUROC {summary['mean_auroc']:.3f} "
             f"(shuffled {summary['mean_shuffled']:.3f}), {summary['rewards']} rewards applied at step {step}"
         )
+        if summary["drift"] is not None and summary["drift"]["status"] != "ok":
+            self.progress.say(summary["drift"]["summary"])
 
     # -- shared ---------------------------------------------------------------------------------------
 
@@ -375,7 +379,7 @@ class Controller:
         self.desk.stop()
 
     def close(self) -> None:
-        """Removes this run from the cluster: actors, placement groups, Serve app."""
+        """Removes this run from the cluster: actors, placement groups, Serve apps."""
         self.desk.stop()
         self.judge.shutdown()
         if hasattr(self, "group"):

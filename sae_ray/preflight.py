@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from sae_ray.config import RunConfig
+from sae_ray.config import JudgeConfig, RunConfig
 from sae_ray.errors import UserError
 from sae_ray.session import check_address
 from sae_ray.storage import ensure_writable, is_s3, probe
+
+if TYPE_CHECKING:
+    from sae_ray.judge.roles import Role
 
 HASHED_BYTES = 2 << 30
 
@@ -19,7 +24,7 @@ HASHED_BYTES = 2 << 30
 FREE_ON_RESUME = (
     *("runs_dir", "ray", "evaluation", "rlaif.round_timeout_s"),
     *(f"judge.{key}" for key in ("app", "autoscaling", "cpus", "gpus", "threads", "max_in_flight", "max_attempts")),
-    *(f"judge.{key}" for key in ("start_timeout_s", "deadline_s")),
+    *(f"judge.{key}" for key in ("start_timeout_s", "deadline_s", "stall_timeout_s", "api_key_env")),
     *(
         f"activations.{key}"
         for key in ("producers", "cpus", "gpus", "window_blocks", "lease_timeout_s", "max_restarts", "store")
@@ -30,19 +35,16 @@ FREE_ON_RESUME = (
 
 
 def preflight(config: RunConfig) -> None:
-    """Checks the run folder, the model, the hook, the corpus, what to start from and the Ray address, cheapest first.
+    """Checks the run folder, the Ray address, the model, the hook, the corpus, what to start from, and the judges.
 
     Raises:
         UserError: the first thing that would fail, in the user's words.
     """
     ensure_writable(config.run_dir)
     check_address(config.ray)
-    from sae_ray.embedded import resolve_model
-
     check_sources(config)
     check_init_from(config)
-    if (config.rlaif.enabled or config.evaluation.latents) and config.judge.app is None:
-        resolve_model(config.judge.model, "judge.model")
+    check_judges(config)
 
 
 def check_checkpoint_dir(config: RunConfig) -> None:
@@ -98,6 +100,60 @@ def check_init_from(config: RunConfig) -> None:
             raise UserError(f"{where}{key}{error}") from error
 
 
+def check_judges(config: RunConfig, asked: Collection[Role] | None = None) -> None:
+    """Checks every judge that will be asked: that its model can be had, or that its server answers.
+
+    Args:
+        asked: those roles; None: what training and evaluating the run asks.
+    Raises:
+        UserError: a model is not to be had, or a server cannot be reached, refuses the key, does not say which model
+            answers or does not know it, or gives no verdicts; names the key as the config has it.
+    """
+    from sae_ray.embedded import resolve_model
+    from sae_ray.judge.calibrated import said_of
+    from sae_ray.judge.roles import ROLES, SCORER, judges_of
+
+    if asked is None:
+        evaluated = ROLES if config.evaluation.latents else ()
+        asked = {role for role in ROLES if role != "heldout" and config.rlaif.enabled} | set(evaluated)
+    for role, judge in judges_of(config).items():
+        # One that the config does not name is the scorer; an application that serves already knows its model.
+        if role not in asked or (role != SCORER and role not in config.judges):
+            continue
+        if judge.endpoint is not None:
+            try:
+                asyncio.run(_check_endpoint(judge, writes=role == "explainer"))
+            except UserError as error:
+                raise UserError(said_of(config, role, error)) from None
+        elif judge.app is None and judge.s3_mirror is None:
+            resolve_model(judge.model, "judge.model" if role == SCORER else f"judges.{role}.model")
+
+
+async def _check_endpoint(judge: JudgeConfig, writes: bool) -> None:
+    """Asks a server one question of the kind that the run will ask; of `writes`, to write a token.
+
+    Raises:
+        UserError: it gave no answer, and why.
+    """
+    from sae_ray.judge.endpoint import EndpointClient
+
+    # Somebody waits at the terminal: what does not answer twice is not there.
+    client = EndpointClient(judge.model_copy(update={"max_attempts": 2, "deadline_s": min(60, judge.deadline_s)}))
+    answer: Any
+    try:
+        modes = await client.modes()
+        if writes:
+            (answer,) = await client.generate(["Hello"], max_tokens=1, chat="likelihood" not in modes)
+        else:
+            mode = modes[0] if judge.mode == "auto" else judge.mode
+            (answer,) = await client.score([("The sun is shining.", "weather")], mode)
+    finally:
+        await client.aclose()
+    if answer is None:
+        why = client.last_error or "its answer holds no number that can be read"
+        raise UserError(f"judge.endpoint {judge.endpoint}: answers no question: {why}")
+
+
 def check_checkpoint(config: RunConfig) -> None:
     """Reads a resumed run's last checkpoint against its hashes, so that a torn shard is found before a cluster starts.
 
@@ -116,12 +172,17 @@ def check_checkpoint(config: RunConfig) -> None:
 def numbers_of(config: RunConfig) -> dict[str, Any]:
     """The part of a config that decides a run's numbers."""
     tree = config.model_dump(mode="json")
+    # The evaluation's own judge is as free as the evaluation.
+    tree["judges"].pop("heldout", None)
     for key in FREE_ON_RESUME:
         *parents, leaf = key.split(".")
         node = tree
         for parent in parents:
             node = node[parent]
         node.pop(leaf)
+        if parents == ["judge"]:
+            for other in tree["judges"].values():
+                other.pop(leaf, None)
     return tree
 
 

@@ -85,12 +85,17 @@ async def measure_detection(
     bank: list[dict[str, Any]],
     judge: PoolJudge,
     say: Callable[[str], None] = lambda _: None,
+    detector: PoolJudge | None = None,
 ) -> dict[str, Any]:
     """Detection of every version, both nulls, and paired differences between versions.
 
+    Args:
+        judge: the run's own, who explains what has no explanation yet and chooses among candidates.
+        detector: who reads the held-out texts; None: the run's own judge.
     Returns:
         The `detection`, `paired` and `latents` parts of `evaluation.json`.
     """
+    detector = detector or judge
     rng = np.random.default_rng([config.seed, 11])
     seen, unseen = SplitView.of(config, evidence), SplitView.of(config, heldout)
     first = next(iter(versions.values()))
@@ -114,7 +119,7 @@ async def measure_detection(
         say(f"judging {name} on held-out texts")
         scan = unseen.scan(sae, latents)
         choices = _heldout_choices(config, scan, explanations[name])
-        found, verdicts = await _detect(choices, unseen.texts, judge, rng)
+        found, verdicts = await _detect(choices, unseen.texts, detector, rng)
         table[name] = summary(found)
         for choice, detection in zip(choices, found, strict=True):
             entry, latent = by_latent[choice.plan.latent], choice.plan.latent
@@ -124,7 +129,7 @@ async def measure_detection(
     if config.evaluation.random_directions:
         say("judging random directions of the same densities")
         densities = (evidence_scans[next(iter(versions))].act_CN > 0).sum(0)
-        found = await _random_directions(config, first, densities, seen, unseen, judge, rng)
+        found = await _random_directions(config, first, densities, seen, unseen, judge, detector, rng)
         table["random_directions"] = summary(found)
     entries = [entry for entry in by_latent.values() if entry["versions"]]
     return {"detection": table, "paired": paired_differences(entries, list(versions)), "latents": entries}
@@ -217,6 +222,7 @@ async def _random_directions(
     seen: SplitView,
     unseen: SplitView,
     judge: PoolJudge,
+    detector: PoolJudge,
     rng: np.random.Generator,
 ) -> list[Detection]:
     n = config.evaluation.random_directions
@@ -236,7 +242,7 @@ async def _random_directions(
     ]
     explanations = await _explain(config, scans[0], ids.tolist(), seen, judge)
     choices = _heldout_choices(config, scans[1], explanations)
-    found, _ = await _detect(choices, unseen.texts, judge, rng)
+    found, _ = await _detect(choices, unseen.texts, detector, rng)
     return found
 
 

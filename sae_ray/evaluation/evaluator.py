@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -15,8 +17,9 @@ from sae_ray.corpus.reader import TokenBlock
 from sae_ray.errors import UserError
 from sae_ray.evaluation.core import PlacedSAE, ce_recovered, core_metrics
 from sae_ray.evaluation.detection import measure_detection
+from sae_ray.judge.roles import SCORER, judges_of
 from sae_ray.reward.bank import VerdictBank
-from sae_ray.reward.pool_judge import PoolJudge
+from sae_ray.reward.pool_judge import HELDOUT, PoolJudge
 from sae_ray.sae.inference import TrainedSAE
 from sae_ray.storage import LocalStorage
 from sae_ray.trainer import checkpoint
@@ -74,21 +77,25 @@ def _load(path: Any, which: str) -> TrainedSAE:
 
 
 class Evaluator:
-    """Measures the SAEs of a run; `evaluation.run` makes it an actor."""
+    """Measures the SAEs of a run; `evaluation.run` makes it an actor.
 
-    def __init__(self, config_json: str):
+    Args:
+        keys: of judges elsewhere, see `judge.pool.endpoint_keys`.
+    """
+
+    def __init__(self, config_json: str, keys: Mapping[str, str] | None = None):
+        os.environ.update(keys or {})
         self.config = RunConfig.model_validate_json(config_json)
         torch.set_num_threads(self.config.evaluation.threads)
         self.saes = find_saes(self.config)
         variants = self.config.specs()
         self.versions = {name: placed.sae for name, placed in self.saes.items() if name not in variants}
         self._doing = "loading"
-        self._judge: PoolJudge | None = None
+        self._judges: list[PoolJudge] = []
 
     def progress(self) -> dict[str, Any]:
         """What it is at (`detail`), and the judging's live counters."""
-        counters = self._judge.progress() if self._judge is not None else {}
-        return {"detail": self._doing, **counters}
+        return {"detail": self._doing, **together([judge.progress() for judge in self._judges])}
 
     async def core(self, heldout: list[ray.ObjectRef]) -> dict[str, dict[str, Any]]:
         """FVU, L0, dead share and CE recovered of every SAE, on held-out blocks."""
@@ -125,27 +132,49 @@ class Evaluator:
     async def detection(self, evidence: list[ray.ObjectRef], heldout: list[ray.ObjectRef]) -> dict[str, Any]:
         """Held-out detection of every version of main with both nulls; the judges must serve.
 
+        The verdicts are the held-out judge's if the run has one, else the scorer's; `judge` of the result says whose.
+
         Raises:
-            JudgeAtChance: the run has no calibration yet, and no verdict mode of its judge beats chance.
+            JudgeAtChance: a judge that is asked has no calibration yet, and none of its verdict modes beats chance.
         """
         began = time.monotonic()
-        judge = self._judge = PoolJudge(self.config)
+        judge = detector = PoolJudge(self.config)
+        if HELDOUT in judges_of(self.config):
+            detector = PoolJudge(self.config, HELDOUT)
+        self._judges = list(dict.fromkeys((judge, detector)))
         bank = VerdictBank(LocalStorage(self.config.run_dir)).read()
         self._doing = "judge calibration"
-        calibration = await judge.calibrate()
-        judge.preload(bank)
+        for each in self._judges:
+            await each.calibrate()
+            each.preload(bank)
 
         def say(what: str) -> None:
             self._doing = what
 
         stored = [[await ref for ref in refs] for refs in (evidence, heldout)]
-        found = await measure_detection(self.config, self.versions, stored[0], stored[1], bank, judge, say)
-        progress = judge.progress()
+        found = await measure_detection(self.config, self.versions, stored[0], stored[1], bank, judge, say, detector)
+        report = detector.judge.report
         return found | {
-            "judge": {"model": self.config.judge.model, **{k: calibration[k] for k in ("mode", "auroc")}},
-            "verdicts": progress["verdicts"],
+            "judge": {
+                "model": detector.judge.name,
+                "role": SCORER if detector is judge else HELDOUT,
+                **{key: report[key] for key in ("mode", "auroc")},
+            },
+            "verdicts": self.progress()["verdicts"],
             "seconds": {"detection": round(time.monotonic() - began, 1)},
         }
+
+
+def together(counters: list[dict[str, Any]]) -> dict[str, Any]:
+    """The live counters of several judges as one's; a rate that nobody has is None."""
+    if len(counters) < 2:
+        return counters[0] if counters else {}
+    rates = [each["verdicts_per_s"] for each in counters if each["verdicts_per_s"] is not None]
+    return {
+        "queue": sum(each["queue"] for each in counters),
+        "verdicts": sum(each["verdicts"] for each in counters),
+        "verdicts_per_s": sum(rates) if rates else None,
+    }
 
 
 def first_sequences(blocks: list[Block], n: int) -> list[TokenBlock]:

@@ -15,7 +15,9 @@ from sae_ray.config import RunConfig
 from sae_ray.errors import RunInterrupted, UserError
 from sae_ray.evaluation.evaluator import Evaluator, find_saes
 from sae_ray.judge.deploy import JudgeApp
+from sae_ray.judge.pool import JudgePool, endpoint_keys
 from sae_ray.report.render import render_report
+from sae_ray.reward.pool_judge import HELDOUT, without_heldout
 from sae_ray.session import Deadline, Interrupt, ray_session
 from sae_ray.storage import LocalStorage, aws_environment
 from sae_ray.telemetry import Progress, RunStatus
@@ -28,7 +30,7 @@ def evaluate_run(config: RunConfig, verbose: bool = False) -> None:
     find_saes(config)  # a corrupt or missing checkpoint is found before a cluster is touched
     status = RunStatus(total_steps=1)
     progress = Progress(config.name, status)
-    stream, judge = BlockStream(config), JudgeApp(config.judge, config.name, config.ray.address == "local")
+    stream, judge = BlockStream(config), JudgePool(without_heldout(config), config.ray.address == "local")
     with Interrupt() as interrupt, progress, ray_session(config.ray, verbose):
         try:
             progress.phase("starting", "producers")
@@ -43,12 +45,17 @@ def evaluate_run(config: RunConfig, verbose: bool = False) -> None:
 def evaluate(
     config: RunConfig,
     stream: BlockStream,
-    judge: JudgeApp,
+    judge: JudgePool,
     progress: Progress,
     status: RunStatus,
     interrupt: Interrupt,
 ) -> dict[str, Any]:
-    """Evaluates with a stream and judges that already run; writes `evaluation.json`."""
+    """Evaluates with a stream that already runs; writes `evaluation.json`.
+
+    Args:
+        judge: the judges that the run trains on, started or not; they are their owner's to shut down. The held-out
+            judge, if the run has one, comes and goes with the evaluation.
+    """
     began = time.monotonic()
     progress.phase("evaluation", "held-out blocks")
     heldout = _fetch(config, stream, "heldout", config.evaluation.blocks, progress, interrupt)
@@ -56,16 +63,24 @@ def evaluate(
     evidence = _fetch(config, stream, "evidence", n_evidence, progress, interrupt)
     actor: Any = ray.remote(Evaluator)
     environment = {"env_vars": aws_environment()}
-    evaluator = actor.options(num_cpus=0, max_concurrency=4, runtime_env=environment).remote(config.model_dump_json())
+    evaluator = actor.options(num_cpus=0, max_concurrency=4, runtime_env=environment).remote(
+        config.model_dump_json(), endpoint_keys(config)
+    )
+    heldout_judge = heldout_app(config, judge)
     try:
         progress.phase("evaluation", "FVU, L0, dead latents, CE loss recovered")
         core = _wait(config, evaluator, evaluator.core.remote(heldout), progress, status, interrupt)
         result: dict[str, Any] = {"core": core, "detection": {}, "paired": [], "latents": [], "seconds": {}}
         if config.evaluation.latents:
             judge.start()
+            if heldout_judge is not None:
+                started = [app.deploying for app in judge.apps.values() if app.deploying is not None]
+                # Whoever started Serve ends it, and that is after this judge has gone.
+                heldout_judge.start(after=started[-1] if started else None, owns_serve=False if started else None)
             progress.phase("evaluation", "waiting for the judge")
-            deadline = Deadline(config.judge.start_timeout_s, f"the judge {config.judge.model} to start")
-            while not judge.ready(timeout=POLL_S):
+            whole = JudgePool(config)
+            deadline = Deadline(whole.start_limit_s, f"the judge {whole.names} to start")
+            while not (judge.ready(timeout=POLL_S) and (heldout_judge is None or heldout_judge.ready(timeout=POLL_S))):
                 deadline.check()
                 _check(interrupt)
                 progress.refresh()
@@ -74,10 +89,20 @@ def evaluate(
             result |= _wait(config, evaluator, ref, progress, status, interrupt)
     finally:
         ray.kill(evaluator)
+        if heldout_judge is not None:
+            heldout_judge.shutdown()
     result["seconds"]["all"] = round(time.monotonic() - began, 1)
     LocalStorage(config.run_dir).write("evaluation.json", json.dumps(result, indent=1).encode())
     render_report(config.run_dir)
     return result
+
+
+def heldout_app(config: RunConfig, judge: JudgePool) -> JudgeApp | None:
+    """The application that only the held-out judge needs: None where it is elsewhere, or shares another judge's."""
+    apps = JudgePool(config, config.ray.address == "local").apps
+    app = apps.get(HELDOUT)
+    shared = any(app is apps.get(role) for role in judge.roles)
+    return None if app is None or shared else app
 
 
 def _fetch(
@@ -157,7 +182,7 @@ def print_results(config: RunConfig, console: Console) -> None:
             place = row["hook"] if row["hook_out"] is None else f"{row['hook']} -> {row['hook_out']}"
             saes.add_row(name, row["architecture"], str(row["d_sae"]), place)
         console.print(saes)
-    detection = Table(title=f"held-out detection, soft AUROC (95% interval over latents), judge {config.judge.model}")
+    detection = Table(title=f"held-out detection, soft AUROC (95% interval over latents), {_detector(config, result)}")
     for heading in ("version", "AUROC", "interval", "shuffled null", "latents"):
         detection.add_column(heading, justify="left" if heading == "version" else "right")
     for name, row in result["detection"].items():
@@ -172,6 +197,12 @@ def print_results(config: RunConfig, console: Console) -> None:
             f"paired over {pair['n']} latents"
         )
     console.print(f"report: {config.run_dir / 'report.html'}", soft_wrap=True)
+
+
+def _detector(config: RunConfig, result: dict[str, Any]) -> str:
+    """Whose verdicts the detection is of; evaluations of earlier versions were all the scorer's."""
+    judge = result.get("judge") or {}
+    return f"{'held-out ' if judge.get('role') == HELDOUT else ''}judge {judge.get('model', config.judge.model)}"
 
 
 def _f(value: float | None, digits: int = 3) -> str:

@@ -186,3 +186,15 @@ class BusyShare:
         up = sum(last[0] - first[0] for first, last in self._seen.values())
         spent = sum(last[column] - first[column] for first, last in self._seen.values())
         return spent / up if up > 0 and math.isfinite(spent) else None
+
+
+def added(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
+    """Counters of two clients together; shares of time (each of its own replicas) and versions do not add up."""
+    total = dict(one)
+    for name, value in other.items():
+        if name.endswith("_share"):
+            known = [each for each in (total.get(name, math.nan), value) if math.isfinite(each)]
+            total[name] = max(known, default=math.nan)
+        elif name != "prompt_version":
+            total[name] = total.get(name, 0) + value
+    return total

@@ -6,6 +6,7 @@ Judges whose deployed settings are equal share one application, and with it its 
 from __future__ import annotations
 
 import json
+import os
 import time
 from typing import Any
 
@@ -48,6 +49,18 @@ class JudgePool:
     def apps(self) -> dict[Role, JudgeApp]:
         """The application of each role that has one; the same object for roles that share it."""
         return dict(self._apps)
+
+    @property
+    def names(self) -> str:
+        """Every judge once, as the config names it."""
+        return " and ".join(
+            dict.fromkeys(judge.endpoint or judge.app or judge.model for judge in self._judges.values())
+        )
+
+    @property
+    def start_limit_s(self) -> float:
+        """Seconds within which all judges must serve."""
+        return max(judge.start_timeout_s for judge in self._judges.values())
 
     def start(self) -> None:
         """Ask for all deployments and return at once. Idempotent."""
@@ -120,3 +133,12 @@ class JudgePool:
 
     def _distinct(self) -> list[JudgeApp]:
         return list({id(app): app for app in self._apps.values()}.values())
+
+
+def endpoint_keys(config: RunConfig) -> dict[str, str]:
+    """The keys of judges elsewhere as the driver's environment has them, by the name of their variable.
+
+    For an actor's constructor: a runtime environment would show them on Ray's dashboard.
+    """
+    names = {judge.api_key_env for judge in judges_of(config).values() if judge.endpoint is not None}
+    return {name: os.environ[name] for name in names if name is not None and name in os.environ}

@@ -122,7 +122,9 @@ def _check_source(base: JudgeConfig, keys: dict[str, Any], where: str) -> None:
     """A model that is named beside an inherited server would silently not be asked."""
     for source in ("app", "endpoint"):
         for key in ("model", "s3_mirror"):
-            if getattr(base, source) is not None and key in keys and source not in keys:
+            other = "app" if source == "endpoint" else "endpoint"
+            named = source in keys or keys.get(other) is not None
+            if getattr(base, source) is not None and key in keys and not named:
                 raise ValueError(f"{where}.{key}: judge.{source} would answer instead: set {where}.{source}, or null")
 
 

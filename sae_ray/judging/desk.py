@@ -7,6 +7,7 @@ passes through the driver.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -21,10 +22,12 @@ from sae_ray.errors import UserError
 from sae_ray.evidence.files import read_evidence
 from sae_ray.evidence.types import QUANTILE, TOP, EvidenceSet, LatentEvidence
 from sae_ray.judge import leniency
+from sae_ray.judge.calibrated import Calibrated, calibrated
 from sae_ray.judge.drift import DriftCheck
 from sae_ray.judge.embedder import RemoteEmbedder
 from sae_ray.judge.explainers import explainers
 from sae_ray.judge.explainers.base import Explanation
+from sae_ray.judge.metrics import added
 from sae_ray.judge.pool import JudgePool
 from sae_ray.judge.prompts import Mode
 from sae_ray.judge.roles import Role
@@ -35,7 +38,6 @@ from sae_ray.judge.scores import shuffled_explanations
 from sae_ray.judge.subject_actor import RemoteSubject
 from sae_ray.judge.verdict_cache import VerdictCache
 from sae_ray.judging import results
-from sae_ray.judging.calibrating import Calibrated, calibrated
 from sae_ray.judging.gather import evidence_prefix, kinds_of
 from sae_ray.judging.selection import choose, halves
 from sae_ray.storage import LocalStorage
@@ -48,9 +50,13 @@ class JudgingDesk:
 
     Args:
         embedder, subject: actors, or None where no scorer needs them.
+        keys: of judges elsewhere, see `judge.pool.endpoint_keys`.
     """
 
-    def __init__(self, config_json: str, embedder: Any = None, subject: Any = None):
+    def __init__(
+        self, config_json: str, embedder: Any = None, subject: Any = None, keys: Mapping[str, str] | None = None
+    ):
+        os.environ.update(keys or {})
         self.config = RunConfig.model_validate_json(config_json)
         self.storage = LocalStorage(self.config.run_dir)
         tokenizer = load_tokenizer(self.config.model)
@@ -127,16 +133,10 @@ class JudgingDesk:
     def usage(self) -> dict[str, float]:
         """Tokens and calls of all judges so far, and explanations that did not parse."""
         total: dict[str, float] = {"parse_failures": float(self._parse_failures)}
-        busy = []
         for client in dict.fromkeys(self._clients.values()):
-            counters = client.statistics()
-            busy.append(counters.pop("busy_share"))
-            for name, value in counters.items():
-                if name != "prompt_version":
-                    total[name] = total.get(name, 0.0) + float(value)
-        known = [share for share in busy if np.isfinite(share)]
-        # Of the replicas that answer, as each client saw it since it first asked.
-        return total | ({"busy_share": max(known)} if known else {})
+            total = added(total, client.statistics())
+        # A share of time is that of the replicas that answer, as each client saw it since it first asked.
+        return {name: value for name, value in total.items() if not name.endswith("_share") or np.isfinite(value)}
 
     # -- inside -----------------------------------------------------------------------------------------
 

@@ -25,7 +25,8 @@ from sae_ray.activations.stream import BlockStream
 from sae_ray.config import RunConfig
 from sae_ray.errors import RunInterrupted, UserError
 from sae_ray.judge.embedder import EmbedderActor
-from sae_ray.judge.pool import JudgePool
+from sae_ray.judge.pool import JudgePool, endpoint_keys
+from sae_ray.judge.roles import SCORER, judges_of
 from sae_ray.judge.subject_actor import SubjectModel
 from sae_ray.judging import results
 from sae_ray.judging.baselines import with_baseline_hooks
@@ -42,6 +43,8 @@ POLL_S = 1.0
 BATCHES_AT_ONCE = 2  # while one batch's explanations are written, the other's texts are read
 FIRST_SHARE = 4  # under a budget every latent first gets a quarter of its texts
 SETTINGS = "judging.json"
+# Keys of a judge that decide what it answers.
+_JUDGES_OWN = {"model", "s3_mirror", "endpoint", "endpoint_model", "app", "adapter", "mode", "context_tokens"}
 
 Task = tuple[str, tuple[int, ...], int]  # kind, latents, texts per class
 
@@ -185,9 +188,9 @@ def judge_sae(
                 storage.write("evidence.json", json.dumps(told, indent=1).encode())
                 stream.stop()
             pool.start()
-            desk = _actor(JudgingDesk, config.model_dump_json(), embedder, subject)
+            desk = _actor(JudgingDesk, config.model_dump_json(), embedder, subject, endpoint_keys(config))
             actors.append(desk)
-            _wait_for_judges(config, pool, interrupt, progress.say)
+            _wait_for_judges(pool, interrupt, progress.say)
             _judge(config, desk, budget, interrupt, progress, began, storage)
         finally:
             for actor in actors:
@@ -231,8 +234,9 @@ def settle(config: RunConfig, target: Target, latents: list[int], fresh: bool) -
 def _numbers(config: RunConfig) -> dict[str, Any]:
     """What decides a judging's numbers, flat."""
     sections = config.model_dump(mode="json", include={"model", "hook", "corpus", "judging", "seed"})
-    judge = config.judge
-    sections["judge"] = {"model": judge.model, "mode": judge.mode, "context_tokens": judge.context_tokens}
+    for role, judge in judges_of(config).items():
+        about = judge.model_dump(mode="json", include=_JUDGES_OWN)
+        sections["judge" if role == SCORER else f"judges.{role}"] = about
     for key in ("shards", "batch_latents", "batch_timeout_s"):
         del sections["judging"][key]
     flat = {"seed": sections.pop("seed")}
@@ -256,8 +260,8 @@ def _actor(kind: type, *args: Any) -> Any:
     return remote.options(num_cpus=0, max_concurrency=8, runtime_env=environment).remote(*args)
 
 
-def _wait_for_judges(config: RunConfig, pool: JudgePool, interrupt: Interrupt, say: Callable[[str], None]) -> None:
-    deadline = Deadline(config.judge.start_timeout_s, f"the judge {config.judge.model} to start")
+def _wait_for_judges(pool: JudgePool, interrupt: Interrupt, say: Callable[[str], None]) -> None:
+    deadline = Deadline(pool.start_limit_s, f"the judge {pool.names} to start")
     while not pool.ready(timeout=POLL_S):
         say("waiting for the judges")
         deadline.check()

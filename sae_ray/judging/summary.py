@@ -31,7 +31,7 @@ def write_summary(config: RunConfig) -> dict[str, Any]:
         "name": config.name,
         "model": config.model.name,
         "hook": config.hook.name,
-        "judge": config.judge.model,
+        "judge": config.judge.endpoint_model or config.judge.endpoint or config.judge.model,
         "evidence": json.loads(storage.read("evidence.json")) if storage.exists("evidence.json") else {},
         "scores": results.summarise(rows),
         "latents": latents,

@@ -31,11 +31,17 @@ SCHEMA = pa.schema(
         ("token", pa.int64()),  # kept-token index of the largest pre-activation
         ("weight", pa.float32()),  # inverse sampling propensity
         ("judge", pa.string()),
+        ("judge_identity", pa.string()),  # `verdict_cache.judge_identity`; null in segments that do not say
+        ("prompt_version", pa.string()),  # `prompts.PROMPT_VERSION`; null in segments that do not say
         ("mode", pa.string()),
         ("score", pa.float32()),  # raw verdict; null is missing, never 0
         ("probability", pa.float32()),  # after the judge's Platt map
     ]
 )
+
+
+# Columns that segments of earlier versions do not have.
+_YOUNGER = ("judge_identity", "prompt_version")
 
 
 class VerdictBank:
@@ -58,8 +64,12 @@ class VerdictBank:
         return key
 
     def read(self, segments: list[str] | None = None) -> list[dict[str, Any]]:
-        """All rows of the given segments (all of them by default), in the order they were committed."""
+        """All rows of the given segments (all of them by default), in the order they were committed.
+
+        Every row has every column: what an older segment does not say is None.
+        """
         rows: list[dict[str, Any]] = []
+        blank = dict.fromkeys(_YOUNGER)
         for key in self.segments() if segments is None else segments:
-            rows += pq.read_table(io.BytesIO(self._storage.read(key))).to_pylist()
+            rows += [blank | row for row in pq.read_table(io.BytesIO(self._storage.read(key))).to_pylist()]
         return rows

@@ -8,7 +8,10 @@ training step: ranks answer a scan between two windows.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,7 @@ import ray
 
 from sae_ray.config import RunConfig
 from sae_ray.errors import UserError
+from sae_ray.judge.drift import DriftReport
 from sae_ray.reward.bank import VerdictBank
 from sae_ray.reward.composition import LatentReward
 from sae_ray.reward.contexts import ContextTexts
@@ -38,9 +42,14 @@ CHUNKS_AT_ONCE = 2
 
 
 class RewardDesk:
-    """One per run, as an actor. `progress()` answers while a round is under way."""
+    """One per run, as an actor. `progress()` answers while a round is under way.
 
-    def __init__(self, config_json: str):
+    Args:
+        keys: of judges elsewhere, see `judge.pool.endpoint_keys`.
+    """
+
+    def __init__(self, config_json: str, keys: Mapping[str, str] | None = None):
+        os.environ.update(keys or {})
         self.config = RunConfig.model_validate_json(config_json)
         self.judge = PoolJudge(self.config)
         self.bank = VerdictBank(LocalStorage(self.config.run_dir))
@@ -51,7 +60,7 @@ class RewardDesk:
                 self._explanations[row["latent"]] = Candidate(row["explanation"], row["explainer"])
 
     async def calibrate(self) -> dict[str, Any]:
-        """Measures the judge on planted items; the pool must serve.
+        """Measures the judge on planted items, or finds its calibration on file; the pool must serve.
 
         Returns:
             The report that is also written to `calibration.json`.
@@ -75,8 +84,14 @@ class RewardDesk:
             evidence: references to the evidence blocks.
         Returns:
             (summary for the log, reference to the `RewardBatch`).
+        Raises:
+            UserError: the judge has changed since it was calibrated, answers nothing, or no latent could be judged.
         """
         began = time.monotonic()
+        # Straight after a calibration there is nothing to find.
+        fresh = number == 0 and not self.judge.judge.on_file
+        drift = None if fresh else await self.judge.check_drift()
+        before = self.judge.usage()
         rng = np.random.default_rng([self.config.seed, 7, number])
         texts = ContextTexts(self.config, [await ref for ref in evidence])
         latents = await self._latents_of_round(number, ranks, evidence, texts.n_contexts, rng)
@@ -100,6 +115,12 @@ class RewardDesk:
         ):
             rewards += chunk_rewards
             rows += chunk_rows
+        after = self.judge.usage()
+        if after["failed"] > before["failed"] and after["done"] == before["done"]:
+            raise UserError(
+                f"rlaif: round {number}: the judge {self.judge.judge.name} answered none of "
+                f"{after['failed'] - before['failed']:.0f} questions; the last error: {self.judge.last_error}"
+            )
         if not rewards:
             raise UserError(
                 f"rlaif: round {number} found no latent that could be judged ({len(latents)} chosen, {len(plans)} "
@@ -116,7 +137,8 @@ class RewardDesk:
             "mean_auroc": float(np.mean([reward.auroc for reward in rewards])),
             "mean_shuffled": float(np.mean([reward.shuffled for reward in rewards])),
             "seconds": time.monotonic() - began,
-            "usage": self.judge.usage(),
+            "usage": after,
+            "drift": None if drift is None else drift_row(drift),
         }
         return summary, ray.put(batch)
 
@@ -170,7 +192,7 @@ class RewardDesk:
                 "text": texts[verdict.context], "kind": verdict.kind, "active": verdict.kind == POSITIVE,
                 "activation": float(scan.act_CN[verdict.context, column]),
                 "token": int(scan.token_CN[verdict.context, column]), "weight": verdict.weight,
-                "judge": self.config.judge.model, "mode": self.judge.mode, "score": raw,
+                **self.judge.about(), "score": raw,
                 "probability": None if raw is None else self.judge.probability(candidate.text, raw),
             }  # fmt: skip
 
@@ -182,6 +204,14 @@ class RewardDesk:
             self.bank.append(rows)
         self._explanations |= {r.latent: Candidate(r.explanation, r.explainer) for r in rewards}
         return rewards, rows
+
+
+def drift_row(report: DriftReport) -> dict[str, Any]:
+    """A drift check for the event log; figures that could not be had are None."""
+    return {"summary": report.summary} | {
+        key: None if isinstance(value, float) and not np.isfinite(value) else value
+        for key, value in asdict(report).items()
+    }
 
 
 def make_plans(config: RunConfig, scan: ContextScan) -> list[LatentPlan]:

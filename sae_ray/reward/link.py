@@ -1,4 +1,4 @@
-"""The controller's side of judging: the judge app, the desk, and what is pending at them.
+"""The controller's side of judging: the judge pool, the desk, and what is pending at them.
 
 Like `BlockStream` for producers and `WindowPipeline` for ranks: the controller waits on `pending_refs()` with
 everything else and hands what is ready to `on_ready`. Nothing here blocks.
@@ -14,7 +14,7 @@ import ray
 
 from sae_ray.config import RunConfig
 from sae_ray.errors import UserError
-from sae_ray.judge.deploy import JudgeApp
+from sae_ray.judge.pool import JudgePool, endpoint_keys
 from sae_ray.reward.desk import RewardDesk
 from sae_ray.session import Deadline
 from sae_ray.trainer.group import RankDied
@@ -44,7 +44,7 @@ class _OpenRound:
 class DeskLink:
     """One run's judging. Until `start`, nothing is pending."""
 
-    def __init__(self, config: RunConfig, judge: JudgeApp):
+    def __init__(self, config: RunConfig, judge: JudgePool):
         self._config = config
         self._judge = judge
         self._desk: Any = None
@@ -67,7 +67,7 @@ class DeskLink:
         """Asks for judges and a desk; returns at once. Training goes on while they come up."""
         self._judge.start()
         desk = ray.remote(RewardDesk).options(num_cpus=0, max_concurrency=8)
-        self._desk = desk.remote(self._config.model_dump_json())
+        self._desk = desk.remote(self._config.model_dump_json(), endpoint_keys(self._config))
 
     def stop(self) -> None:
         if self._desk is not None:
@@ -75,10 +75,10 @@ class DeskLink:
         self._desk = self._calibration = self._round = self._asked = None
 
     def pump(self) -> None:
-        """Starts the calibration once a replica serves, and refreshes the counters.
+        """Starts the calibration once all judges serve, and refreshes the counters.
 
         Raises:
-            UserError: the judge's deployment failed, or a round is overdue.
+            UserError: a judge's deployment failed, or a round is overdue.
         """
         if self._desk is None:
             return
@@ -105,7 +105,7 @@ class DeskLink:
         """Takes a finished reference of `pending_refs()`.
 
         Raises:
-            UserError: the judge is at chance, or no latent could be judged.
+            UserError: the judge is at chance, has changed or answers nothing, or no latent could be judged.
             RankDied: a rank that the round was scanning is gone.
         """
         if ref == self._calibration:

@@ -1,46 +1,57 @@
-"""The judge pool as rounds see it: calibrated, with verdicts of earlier runs remembered."""
+"""A judge of the run as rounds see it: calibrated, with verdicts of earlier runs remembered.
+
+With the default config one judge explains and scores. `judges.explainer` writes the explanations instead, and
+`judges.heldout` reads them in the evaluation: a `PoolJudge` of that role.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
-import json
 import time
 from collections import Counter, deque
-from typing import Any
+from typing import Any, cast
 
-from sae_ray.activations.subject import load_tokenizer
 from sae_ray.config import RunConfig
-from sae_ray.corpus import open_corpus, split_of
-from sae_ray.judge import explainer, planting
-from sae_ray.judge.calibration import Calibration, calibrate
-from sae_ray.judge.client import JudgeClient
-from sae_ray.judge.deploy import JudgeApp
-from sae_ray.judge.levels import Levelled
+from sae_ray.errors import UserError
+from sae_ray.judge import explainer
+from sae_ray.judge.calibrated import Calibrated, calibrated
+from sae_ray.judge.calibration import Calibration
+from sae_ray.judge.client import Judge
+from sae_ray.judge.drift import DriftCheck, DriftReport
+from sae_ray.judge.explainers.asking import Question, ask
+from sae_ray.judge.explainers.base import Writer
+from sae_ray.judge.explainers.showing import Excerpts, Text
+from sae_ray.judge.metrics import added
+from sae_ray.judge.pool import JudgePool
 from sae_ray.judge.prompts import PROMPT_VERSION
+from sae_ray.judge.roles import SCORER, Role
 from sae_ray.reward.contexts import ContextTexts
 from sae_ray.reward.evidence import ContextScan, LatentPlan
 from sae_ray.reward.rounds import Candidate
 from sae_ray.storage import LocalStorage
 
 CALIBRATION_FILE = "calibration.json"
-PLANTED_DOCUMENTS = 1500
-REFERENCE_TEXTS = 8
+HELDOUT: Role = "heldout"
 PART = 64  # verdicts that are counted together
 EXPLANATION_TOKENS = 20
 RATE_SPAN_S = 30.0
 
 
 class PoolJudge:
-    """Implements `reward.rounds.Judge` on the run's judge pool. Make it where it is used: inside an event loop."""
+    """Implements `reward.rounds.Judge` on the run's judges. Make it where it is used: inside an event loop.
 
-    def __init__(self, config: RunConfig):
-        self._config = config
+    Args:
+        role: who scores: the run's scorer, or its held-out judge, which must be configured then.
+    """
+
+    def __init__(self, config: RunConfig, role: Role = SCORER):
+        self._config, self._role = config, role
         self._storage = LocalStorage(config.run_dir)
-        self._client: JudgeClient | None = None
-        self._calibration: Calibration | None = None
+        self._asked: tuple[Judge, Judge] | None = None
+        self._judge: Calibrated | None = None
+        self._drift: DriftCheck | None = None
+        self._chats = False
         self._known: dict[tuple[str, str], float] = {}
-        self._references: list[str] = []
         self._texts: ContextTexts | None = None
         self._column_of: dict[int, int] = {}
         self._scan: ContextScan | None = None
@@ -49,58 +60,50 @@ class PoolJudge:
         self._answered: deque[tuple[float, int]] = deque()
 
     @property
-    def client(self) -> JudgeClient:
-        if self._client is None:
-            judge = self._config.judge
-            self._client = JudgeClient(JudgeApp(judge, self._config.name).handle(), judge)
-        return self._client
+    def client(self) -> Judge:
+        """Who scores."""
+        return self._connected()[0]
+
+    @property
+    def writer(self) -> Judge:
+        """Who explains; the scorer's own client unless `judges.explainer` is configured."""
+        return self._connected()[1]
+
+    def _connected(self) -> tuple[Judge, Judge]:
+        if self._asked is None:
+            # The held-out judge has nothing that could be asked before the evaluation starts it.
+            config = self._config if self._role == HELDOUT else without_heldout(self._config)
+            clients = JudgePool(config).clients()
+            own = clients[self._role]
+            # Of the same judge a second client would ask twice as much at once.
+            self._asked = own, clients["explainer"] if "explainer" in config.judges else own
+        return self._asked
 
     # -- calibration ----------------------------------------------------------------------------------
 
     async def calibrate(self) -> dict[str, Any]:
-        """The run's calibration: the one on file if it is of this judge and these prompts, else a new one.
+        """The calibration on file, if it still stands, else a new one; see `judge.calibrated`.
 
         Returns:
-            The report, as in `calibration.json`.
+            The report, as in `calibration.json` (`calibration-heldout.json` for the held-out judge).
         Raises:
             JudgeAtChance: no allowed mode beats chance.
         """
-        config, settings = self._config, self._config.judge.calibration
-        tokenizer = load_tokenizer(config.model)
-        found = (d for d in open_corpus(config.corpus).documents(config.seed) if split_of(d) == "evidence")
-        documents = list(itertools.islice(found, PLANTED_DOCUMENTS))
-        self._references = [
-            tokenizer.decode(tokenizer.encode(document)[: config.judge.context_tokens], skip_special_tokens=True)
-            for document in documents[:: max(1, len(documents) // REFERENCE_TEXTS)][:REFERENCE_TEXTS]
-        ]
-        report = self._on_file()
-        if report is None:
-            items = planting.plant_items(
-                documents,
-                settings.concepts,
-                settings.texts_per_concept,
-                config.judge.context_tokens,
-                tokenizer,
-                settings.seed,
-            )
-            levelled = Levelled(self.client, self._references)
-            report = _report(config, await calibrate(levelled, items, config.judge))
-            self._storage.write(CALIBRATION_FILE, json.dumps(report, indent=1).encode())
-        self._calibration = Calibration.from_dict(report["calibration"])
-        return report
+        key = CALIBRATION_FILE if self._role == SCORER else None
+        self._judge = await calibrated(self._config, self._role, self.client, self._storage, key)
+        # A server that echoes no prompt may offer chat alone, as OpenAI's does.
+        self._chats = "likelihood" not in await self.writer.modes()
+        return self._judge.report
 
-    def _on_file(self) -> dict[str, Any] | None:
-        if not self._storage.exists(CALIBRATION_FILE):
-            return None
-        report = json.loads(self._storage.read(CALIBRATION_FILE))
-        same = report["judge"] == self._config.judge.model and report["prompt_version"] == PROMPT_VERSION
-        return report if same and self._config.judge.mode in ("auto", report["mode"]) else None
+    @property
+    def judge(self) -> Calibrated:
+        if self._judge is None:
+            raise RuntimeError("the judge was asked before it was calibrated")
+        return self._judge
 
     @property
     def calibration(self) -> Calibration:
-        if self._calibration is None:
-            raise RuntimeError("the judge was asked before it was calibrated")
-        return self._calibration
+        return self.judge.calibration
 
     @property
     def mode(self) -> str:
@@ -113,21 +116,53 @@ class PoolJudge:
 
     def probability(self, explanation: str, raw: float) -> float:
         """Calibrated P(the explanation holds), the explanation's own level (`judge.levels`) taken out."""
-        level = [self._known.get((text, explanation)) for text in self._references]
+        level = [self._known.get((text, explanation)) for text in self.judge.references]
         known = [value for value in level if value is not None]
         return self.calibration.probability(raw - sum(known) / len(known) if known else raw)
 
+    async def check_drift(self) -> DriftReport | None:
+        """Asks some of the planted items again. None: the calibration has too few answers to compare with.
+
+        Returns:
+            The comparison; `unknown` when the judge answered too few of them now.
+        Raises:
+            UserError: the judge does not say any more what it said when it was calibrated. The verdicts in the bank and
+                those to come would be two judges', so no new calibration could mend it.
+        """
+        judge = self.judge
+        if not judge.calibration.anchors:
+            return None
+        if self._drift is None:
+            self._drift = DriftCheck(judge.calibration)
+        report = await self._drift.check(judge.again, self._verdicts)
+        if report.status == "drifted":
+            raise UserError(
+                f"the judge {judge.name} is no longer the one that was calibrated ({report.summary}): bring that one "
+                "back and give the same command, or start over with --fresh"
+            )
+        return report
+
     # -- verdicts -------------------------------------------------------------------------------------
 
+    def about(self) -> dict[str, str]:
+        """What a bank row says of the judge: enough to know later whether the verdict is still its own."""
+        judge = self.judge
+        return {
+            "judge": judge.name,
+            "judge_identity": judge.identity,
+            "prompt_version": PROMPT_VERSION,
+            "mode": self.mode,
+        }
+
     def preload(self, bank: list[dict[str, Any]]) -> None:
-        """Remembers banked verdicts: what a judge once said is not asked again."""
-        judge, mode = self._config.judge.model, self.mode
+        """Remembers banked verdicts: what this judge once said, asked in the same way, is not asked again."""
+        about = self.about()
         for row in bank:
-            if row["score"] is not None and row["judge"] == judge and row["mode"] == mode:
+            if row["score"] is not None and all(row[key] == value for key, value in about.items()):
                 self._known[row["text"], row["explanation"]] = row["score"]
 
     async def score(self, pairs: list[tuple[str, str]]) -> list[float | None]:
-        levels = [(text, explanation) for explanation in {e for _, e in pairs} for text in self._references]
+        levels = [(text, explanation) for explanation in {e for _, e in pairs} for text in self.judge.references]
         new = [pair for pair in dict.fromkeys([*pairs, *levels]) if pair not in self._known]
         # By text, so that the calls on one text stand together and share its KV.
         new.sort(key=lambda pair: pair[0])
@@ -174,17 +209,34 @@ class PoolJudge:
             [offset == peak_of[context] for offset in range(len(pieces))]
             for context, pieces in zip(plan.explainer, contexts, strict=True)
         ]
+        phrases = await (self._by_chat(contexts, marks) if self._chats else self._by_example(contexts, marks))
+        return found + [Candidate(phrase, "llm") for phrase in phrases]
+
+    async def _by_example(self, contexts: list[list[str]], marks: list[list[bool]]) -> list[str]:
+        """Phrases that go on a few-shot prompt."""
         prompt = explainer.explanation_prompt(contexts, marks)
-        answers = await self.client.generate(
+        answers = await self.writer.generate(
             [prompt], EXPLANATION_TOKENS, n=self._config.rlaif.candidates, stop=explainer.STOP, seed=self._config.seed
         )
-        for completion in answers[0] or []:
-            phrase = explainer.parse_explanation(completion)
-            if phrase is None:
-                self._parse_failures += 1
-            else:
-                found.append(Candidate(phrase, "llm"))
-        return found
+        parsed = [explainer.parse_explanation(completion) for completion in answers[0] or []]
+        self._parse_failures += parsed.count(None)
+        return [phrase for phrase in parsed if phrase is not None]
+
+    async def _by_chat(self, contexts: list[list[str]], marks: list[list[bool]]) -> list[str]:
+        """Phrases of a chat model, held to a schema, the texts between delimiters."""
+        texts = [Text(tuple(pieces), tuple(map(float, each))) for pieces, each in zip(contexts, marks, strict=True)]
+        question = Question(
+            Excerpts(texts, 1.0),
+            "delimiters",
+            task="Name what the marked words in the texts have in common, in a few words.",
+            solved=(),
+            situation="One unit of a language model is active on some tokens of these excerpts.",
+            wanted="Name the most specific thing that the active tokens, or what stands around them, have in common.",
+        )
+        settings = self._config.judging.model_copy(update={"candidates": self._config.rlaif.candidates})
+        answers = await ask([question], cast(Writer, self.writer), settings, self._config.seed)
+        self._parse_failures += answers.failures
+        return answers.phrases[0]
 
     # -- counters -------------------------------------------------------------------------------------
 
@@ -199,8 +251,21 @@ class PoolJudge:
         return {"queue": self._waiting, "verdicts": self._verdicts, "verdicts_per_s": rate}
 
     def usage(self) -> dict[str, Any]:
-        """The client's counters (tokens, calls, retries) and the explanations that did not parse."""
-        return {**self.client.statistics(), "parse_failures": self._parse_failures}
+        """The counters of who is asked (tokens, calls, retries) and the explanations that did not parse."""
+        total = self.client.statistics()
+        if self.writer is not self.client:
+            total = added(total, self.writer.statistics())
+        return {**total, "parse_failures": self._parse_failures}
+
+    @property
+    def last_error(self) -> str | None:
+        """Of the last call that failed, if any did."""
+        return self.client.last_error or self.writer.last_error
+
+
+def without_heldout(config: RunConfig) -> RunConfig:
+    """The run with the judges that it trains on: the held-out one would hold its GPU until the evaluation."""
+    return config.model_copy(update={"judges": {role: keys for role, keys in config.judges.items() if role != HELDOUT}})
 
 
 def whole_word(pieces: list[str], index: int) -> str:
@@ -213,31 +278,3 @@ def whole_word(pieces: list[str], index: int) -> str:
     while end < len(pieces) and pieces[end].isalpha():
         end += 1
     return "".join(pieces[start:end])
-
-
-def _report(config: RunConfig, calibration: Calibration) -> dict[str, Any]:
-    modes = {
-        name: {
-            "auroc": each.auroc.value,
-            "low": each.auroc.low,
-            "high": each.auroc.high,
-            "false_positive_rate": each.false_positive,
-            "false_negative_rate": each.false_negative,
-            "n": each.items,
-            "missing": each.missing,
-            "seconds": round(each.seconds, 2),
-        }
-        for name, each in calibration.modes.items()
-    }
-    told = ", ".join(
-        f"{name} AUROC {mode['auroc']:.2f} ({mode['low']:.2f} to {mode['high']:.2f})" for name, mode in modes.items()
-    )
-    return {
-        "judge": config.judge.model,
-        "mode": calibration.mode,
-        "auroc": calibration.chosen.auroc.value,
-        "prompt_version": PROMPT_VERSION,
-        "summary": f"judge {config.judge.model} on planted items: {told}; the run uses {calibration.mode}",
-        "modes": modes,
-        "calibration": calibration.to_dict(),
-    }

@@ -5,7 +5,7 @@ An estimator's state is a flat dict of tensors whose names say what their first 
     latents, *_N, *_ND   the judged latents of the shard (`latents` holds their global ids)
     row_*                verdicts; row_latent is a place in `latents`, row_context a place on the C axis
     *_C, *_CSD, ...      contexts
-    anything else        the same on every shard
+    anything else        the same on every shard (deltas that were `given` are so on all)
 """
 
 from __future__ import annotations

@@ -325,6 +325,7 @@ class TrainerRank:
             return None
         from sae_ray.reward.credit import restore_credit
 
+        own = {name: tensor.to(self.mesh.device) for name, tensor in own.items()}
         return restore_credit(self.cfg.rlaif.estimator, self._credit_settings(), own)
 
     def _credit_settings(self) -> CreditSettings:

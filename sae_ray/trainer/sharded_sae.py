@@ -16,7 +16,7 @@ Suffixes: B global batch, b its tokens on this dp rank, D d_in, O d_out, m laten
 from __future__ import annotations
 
 import time
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 
@@ -24,6 +24,7 @@ from sae_ray.config import SAEConfig, TrainerConfig
 from sae_ray.sae import init
 from sae_ray.sae.activation import Parameters, StepContext, Target
 from sae_ray.sae.architectures import architecture
+from sae_ray.sae.architectures.jumprelu import JumpReLU
 from sae_ray.sae.encoder import Encoder, Workspace
 from sae_ray.sae.inference import TrainedSAE
 from sae_ray.sae.losses import centred_power
@@ -31,6 +32,15 @@ from sae_ray.sae.selection import Shard
 from sae_ray.sae.sparse import Codes
 from sae_ray.trainer import gradients as backward
 from sae_ray.trainer.collectives import Collectives
+from sae_ray.trainer.credit_step import (
+    CreditLoss,
+    CreditParams,
+    add_credit,
+    apply_deltas,
+    asked,
+    discount_price,
+    forward_with_bonus,
+)
 from sae_ray.trainer.gradients import Gradients
 from sae_ray.trainer.optimiser import Optimiser, project_out
 from sae_ray.trainer.reconstruction import local_bounds, reconstruct, segments
@@ -41,24 +51,6 @@ from sae_ray.trainer.warm_start import warm_start
 THRESHOLD_MEMORY = 0.95  # per step, of the running threshold: longer lags behind while the weights still move
 PRICE_RATE, PRICE_PULL = 0.05, 3.0  # of jumprelu's L0 constraint: how its multiplier moves, and its square's weight
 METRICS = ("fvu", "aux", "penalty", "l0", "threshold", "credit_loss", "grad_norm", "loss")
-
-
-class CreditParams(NamedTuple):
-    """What a credit loss may look at. W_enc and b_enc are leaves that require grad; the rest is detached."""
-
-    W_enc_mD: torch.Tensor
-    b_enc_m: torch.Tensor
-    b_dec_D: torch.Tensor  # what the encoder subtracts: zeros where that is nothing
-    first_latent: int
-    step: int
-
-
-class CreditLoss(Protocol):
-    """The third loss. Its weight is its own business; only latents of this shard can be touched."""
-
-    def loss(self, x_BD: torch.Tensor, params: CreditParams, threshold: torch.Tensor) -> torch.Tensor | None: ...
-
-    def state_dict(self) -> dict[str, torch.Tensor]: ...
 
 
 class ShardedTrainer:
@@ -153,7 +145,8 @@ class ShardedTrainer:
 
         Args:
             raw_bD: the rows `mesh.rows(global_tokens)` of the batch, any float dtype, finite.
-            credit: its gradient by this shard's encoder is added (averaged over dp ranks).
+            credit: its gradient by this shard's encoder is added (a mean over the tokens of all dp ranks), its
+                selection discounts hold in this step, and its deltas are applied after it.
             target_bO: what a transcoder reconstructs, the same rows.
         """
         began = time.perf_counter()
@@ -161,13 +154,20 @@ class ShardedTrainer:
         x_bD = self.scaled(raw_bD)
         y_bO = x_bD if target_bO is None else target_bO.to(self.mesh.device, self.dtype) * self.output_scale
         context = self._context(global_tokens)
-        grads, fired_m, numbers, error_bO = self._loss_and_gradients(x_bD, y_bO, context)
-        numbers.append(self._add_credit(credit, x_bD, grads))
+        params = None if credit is None else self._credit_params(global_tokens)
+        discount_m = None if params is None else asked(credit, "selection", params)
+        grads, fired_m, numbers, error_bO = self._loss_and_gradients(x_bD, y_bO, context, discount_m)
+        if credit is None or params is None:
+            numbers.append(torch.zeros_like(numbers[0]))
+        else:
+            numbers.append(add_credit(credit, params, self._gate_threshold(), x_bD, grads, self.collectives))
         totals = self.collectives.sum_dp(torch.stack(numbers))
         grad_norm, l0, credit_total = self._finish(grads, totals, global_tokens)
         clip = (self.cfg.grad_clip / (grad_norm + 1e-6)).clamp(max=1) if self.cfg.grad_clip else None
         self.optimiser.step(grads.named(), clip, lr)
         self._constrain()
+        if params is not None:
+            apply_deltas(asked(credit, "deltas", params, self._gate_threshold()), params)
 
         fvu, reconstruction, aux, penalty, _, cut, _ = totals.unbind()
         memory = THRESHOLD_MEMORY if self.steps_done else 0.0
@@ -188,7 +188,7 @@ class ShardedTrainer:
         return raw_bD.to(self.mesh.device, self.dtype) * self.input_scale
 
     def _loss_and_gradients(
-        self, x_bD: torch.Tensor, y_bO: torch.Tensor, context: StepContext
+        self, x_bD: torch.Tensor, y_bO: torch.Tensor, context: StepContext, discount_m: torch.Tensor | None
     ) -> tuple[Gradients, torch.Tensor, list[torch.Tensor], torch.Tensor]:
         """Gradients of this shard, which of its latents fired, this dp rank's sums, and y_hat - y."""
         n = context.shard.global_rows
@@ -199,13 +199,20 @@ class ShardedTrainer:
                 self.dead_m, self.n_dead, self.sae.aux_pool, self.first_latent, self.steps_done
             )
         encoder = self._encoder(x_bD)._replace(watch_n=dead)
-        active = self.architecture.forward(encoder, self.own, context)
+        if discount_m is None:
+            active = self.architecture.forward(encoder, self.own, context)
+        else:
+            # Dead latents get no bonus: AuxK reads their pre-activations from this product.
+            bonus_m = (discount_m * self.threshold.to(self.dtype)).masked_fill(self.dead_m, 0)
+            active = forward_with_bonus(self.architecture, encoder, self.own, context, bonus_m)
         found = reconstruct(segments(active.codes, self.bounds), active.codes, target, self.collectives)
         regular = self.architecture.regularise(active, context, target)
         d_f_N, d_gate_N = found.d_f_N, None
         if regular is not None:
             d_gate_N = regular.d_gate_N
             d_f_N = d_f_N if regular.d_f_N is None else d_f_N + regular.d_f_N
+        if discount_m is not None and self.architecture.ranks:
+            d_f_N = d_f_N * (active.codes.vals_N > 0)  # a bonus may select what is not above 0
         flow = backward.Flow(active, d_f_N, d_gate_N, found.d_f_N, encoder.centred_BD, found.slope_GBO)
         grads, fired_m = backward.gradients(
             flow,
@@ -217,6 +224,8 @@ class ShardedTrainer:
             context,
             self.collectives,
         )
+        if discount_m is not None and isinstance(self.architecture, JumpReLU):
+            discount_price(self.architecture, grads, active, self.own, discount_m, context, self.collectives)
         none = torch.zeros_like(found.fvu)
         aux = none
         if dead is not None:
@@ -243,25 +252,15 @@ class ShardedTrainer:
         ]
         return grads, fired_m, numbers, found.error_BO
 
-    def _add_credit(self, credit: CreditLoss | None, x_bD: torch.Tensor, grads: Gradients) -> torch.Tensor:
-        none = torch.zeros((), dtype=self.dtype, device=x_bD.device)
-        if credit is None:
-            return none
-        with torch.enable_grad():
-            W_enc_mD = self.W_enc_mD.detach().requires_grad_()
-            b_enc_m = self.b_enc_m.detach().requires_grad_()
-            centre_D = self.b_dec_D if self.subtract_b_dec else torch.zeros_like(x_bD[0])
-            params = CreditParams(W_enc_mD, b_enc_m, centre_D, self.first_latent, self.steps_done)
-            loss = credit.loss(x_bD, params, self.own.get("theta", self.threshold))
-            by_W, by_b = (None, None)
-            if loss is not None:
-                by_W, by_b = torch.autograd.grad(loss, (W_enc_mD, b_enc_m), allow_unused=True)
-        # Each dp rank's loss is a mean over its own tokens: what is added is the mean over the ranks.
-        if by_W is not None:
-            grads.W_enc_mD.add_(self.collectives.sum_dp(by_W), alpha=1 / self.mesh.dp)
-        if by_b is not None:
-            grads.b_enc_m.add_(self.collectives.sum_dp(by_b), alpha=1 / self.mesh.dp)
-        return none if loss is None else loss.detach().to(self.dtype) / self.mesh.dp
+    def _credit_params(self, global_tokens: int) -> CreditParams:
+        centre_D = self.b_dec_D if self.subtract_b_dec else self.W_enc_mD.new_zeros(self.d_in)
+        W_dec_mO = None if self.transcodes else self.W_dec_mD
+        return CreditParams(
+            self.W_enc_mD, self.b_enc_m, centre_D, self.first_latent, self.steps_done, global_tokens, W_dec_mO
+        )
+
+    def _gate_threshold(self) -> torch.Tensor:
+        return self.own.get("theta", self.threshold)
 
     def _finish(
         self, grads: Gradients, totals: torch.Tensor, n: int

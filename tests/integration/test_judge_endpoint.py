@@ -1,4 +1,7 @@
-"""The endpoint client against vLLM's own OpenAI-compatible server: the same model, asked by HTTP, is the same judge."""
+"""The endpoint client against vLLM's own OpenAI-compatible server: the same model, asked by HTTP, is the same judge.
+
+And a whole run whose judge is that server, evaluated by a held-out judge that the session serves.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +21,26 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 import torch
+from ray import serve
+from runs import finish, start, train, write_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sae_ray.config import JudgeConfig
 from sae_ray.embedded import resolve_model
 from sae_ray.errors import UserError
-from sae_ray.judge.deploy import llm_config, replica_env
+from sae_ray.judge.deploy import JudgeApp, llm_config, replica_env
 from sae_ray.judge.endpoint import EndpointClient
 from sae_ray.judge.modes import needed, verdict
-from sae_ray.judge.prompts import explanation_continuation, likelihood_prompt
+from sae_ray.judge.prompts import PROMPT_VERSION, explanation_continuation, likelihood_prompt
 from sae_ray.judge.roles import DECIDED, FIXED
+from sae_ray.reward.bank import VerdictBank
+from sae_ray.storage import LocalStorage
+from sae_ray.telemetry import read_jsonl
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(900)
+PATIENCE_S = 600  # a machine may be busy with something else
 TEXTS = [
     "Opens the file at the given path and returns its contents as a string.",
     "Send a GET request to the url and return the response with its status code and headers.",
@@ -45,6 +55,16 @@ RATING = {
     "additionalProperties": False,
 }
 KEY = "key-of-this-test"
+LOOP: dict[str, Any] = {
+    "trainer": {"steps": 24, "checkpoint_every": 50},
+    "rlaif": {
+        "enabled": True, "steps": 8, "rounds": 2, "max_staleness_steps": 2, "latents": 4, "evidence_blocks": 24,
+        "positives": 4, "near_misses": 2, "siblings": 2, "randoms": 2, "explainer_examples": 3, "candidates": 1,
+        "max_context_share": 0.9,
+    },
+    "evaluation": {"blocks": 12, "ce_sequences": 2, "latents": 4, "positives": 4, "negatives": 3,
+                   "random_directions": 2, "threads": 1},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +103,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JudgeConfig]:
 
 
 def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         assert process.poll() is None, log.read_text()[-3000:]
         try:
@@ -91,7 +111,7 @@ def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
             return
         except (urllib.error.URLError, OSError):
             time.sleep(0.5)
-    pytest.fail(f"no server after 240 s: {log.read_text()[-3000:]}")
+    pytest.fail(f"no server after {PATIENCE_S} s: {log.read_text()[-3000:]}")
 
 
 class Plain:
@@ -186,3 +206,56 @@ def test_every_argument_is_one_that_vllm_and_serve_know() -> None:
     assert set(made.engine_kwargs) <= known
     assert set(DECIDED) | set(FIXED) <= known
     assert made.model_loading_config.model_source.bucket_uri == "s3://models/judge"
+
+
+@pytest.mark.timeout(2400)
+def test_a_run_is_taught_by_a_server_elsewhere_and_evaluated_by_a_held_out_judge(
+    judge_app: JudgeApp, server: JudgeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Ray's workers were started without this variable: the run has to hand the key on.
+    monkeypatch.setenv("SAE_RAY_RUN_KEY", KEY)
+    address = {"address": ray.get_runtime_context().gcs_address}
+    judge = {
+        "endpoint": server.endpoint,
+        "api_key_env": "SAE_RAY_RUN_KEY",
+        "model": "no-such/model",
+        "mode": "likelihood",
+        "calibration": {"concepts": 8},
+    }
+    judges = {"heldout": {"app": judge_app.name, "endpoint": None, "model": "smollm2-135m-instruct"}}
+    applications = set(serve.status().applications)
+    printed = train(
+        write_config(tmp_path, name="elsewhere", ray=address, judge=judge, judges=judges, **LOOP), timeout=900
+    )
+    assert set(serve.status().applications) == applications == {judge_app.name}
+
+    run = tmp_path / "runs" / "elsewhere"
+    events = read_jsonl(run / "events.jsonl")
+    (calibration,) = (event for event in events if event["event"] == "calibration")
+    assert (calibration["judge"], calibration["mode"]) == ("small", "likelihood")
+    rounds = [event for event in events if event["event"] == "rewards_applied"]
+    assert [event["round"] for event in rounds] == [0, 1]
+    assert all(event["verdicts"] > 0 and event["missing"] == 0 for event in rounds)
+    assert rounds[0]["drift"] is None
+    assert rounds[1]["drift"]["status"] == "ok"
+    assert rounds[1]["drift"]["answered"] >= 8
+    rows = VerdictBank(LocalStorage(run)).read()
+    assert {(row["judge"], row["prompt_version"]) for row in rows} == {("small", PROMPT_VERSION)}
+    assert any(row["explainer"] == "llm" for row in rows), "the server wrote explanations"
+
+    evaluated = json.loads((run / "evaluation.json").read_text())
+    held = json.loads((run / "calibration-heldout.json").read_text())
+    assert evaluated["judge"] == {
+        "model": "smollm2-135m-instruct", "role": "heldout", "mode": held["mode"], "auroc": held["auroc"],
+    }  # fmt: skip
+    assert "held-out judge smollm2-135m-instruct" in " ".join(printed.split())
+    assert all(KEY.encode() not in path.read_bytes() for path in run.rglob("*") if path.is_file())
+
+
+def test_a_server_that_is_not_there_is_one_line_before_a_cluster(tmp_path: Path) -> None:
+    judge = {"endpoint": "http://127.0.0.1:1/v1"}
+    code, out, err = finish(start(write_config(tmp_path, name="nowhere", judge=judge, **LOOP)), timeout=120)
+    assert code == 2, out + err
+    assert "judge.endpoint http://127.0.0.1:1/v1: cannot be asked" in err
+    assert len(err.strip().splitlines()) == 1, err
+    assert "starting" not in out

@@ -1,160 +1,158 @@
-"""Credit on a small planted world: a concept direction that the latent's encoder only half follows."""
+"""What all credit estimators have in common: gradients, fading, state, shards, dp ranks and the trust region."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
 import torch
-
-from sae_ray.reward.credit import (
-    ESTIMATORS,
-    MAX_RATE_CHANGE,
-    CreditSettings,
-    LatentState,
-    RewardBatch,
-    debias,
-    observed,
-    restore_credit,
+from credit_world import (
+    SETTINGS,
+    SIZE,
+    fit,
+    make_world,
+    params_of,
+    two_latents,
+    with_rollouts,
 )
-from sae_ray.reward.evidence import ContextLayout
-from sae_ray.trainer.sharded_sae import CreditParams
 
-D, TOKENS, SIZE = 16, 8000, 8
-SETTINGS = CreditSettings(gamma=1.0, slope=10.0, shrink=0.5, half_life_steps=400)
+from sae_ray.reward.credit import ESTIMATORS, MAX_RATE_CHANGE, debias, observed, restore_credit
+from sae_ray.reward.credit.trust import within_turn
+from sae_ray.trainer.credit_state import reshard
 
-
-@dataclasses.dataclass
-class World:
-    x_TD: torch.Tensor
-    on_T: torch.Tensor
-    layout: ContextLayout
-    latent: LatentState
-    batch: RewardBatch
-    threshold: torch.Tensor
+LOSSES = ["bank_gate", "policy_gradient", "preference", "reward_model", "teacher_gate"]
 
 
-def make_world(noise: float = 0.0, seed: int = 0) -> World:
-    """Concept along e0, confounder along e1; the latent's encoder points between the two."""
-    g = torch.Generator().manual_seed(seed)
-    on_T = torch.rand(TOKENS, generator=g, dtype=torch.float64) < 0.02
-    confounder_T = torch.rand(TOKENS, generator=g, dtype=torch.float64) < 0.02
-    x_TD = 0.2 * torch.randn(TOKENS, D, generator=g, dtype=torch.float64)
-    x_TD[:, 0] += 2.0 * on_T
-    x_TD[:, 1] += 2.0 * confounder_T
-    context_T = torch.arange(TOKENS) // SIZE
-    layout = ContextLayout(context_T, torch.arange(TOKENS) % SIZE, TOKENS // SIZE, SIZE)
-    W_ND = torch.zeros(1, D, dtype=torch.float64)
-    W_ND[0, 0], W_ND[0, 1] = 0.8, 0.6
-    zero_D = torch.zeros(D, dtype=torch.float64)
-    latent = LatentState(W_ND, torch.zeros(1, dtype=torch.float64), zero_D)
-    threshold = torch.tensor(0.7, dtype=torch.float64)
-    pre_C = (x_TD @ W_ND[0]).view(-1, SIZE)
-    active_C = pre_C.amax(1) > threshold
-    truth_C = on_T.view(-1, SIZE).any(1)
-    rng = np.random.default_rng(seed)
-    positives = rng.choice(np.flatnonzero(active_C), 60, replace=False)
-    negatives = rng.choice(np.flatnonzero(~active_C), 30, replace=False)
-    rows = np.concatenate([positives, negatives])
-    says = truth_C.numpy()[rows] ^ (rng.random(len(rows)) < noise)
-    weight = np.where(
-        active_C.numpy()[rows], int(active_C.sum()) / len(positives), int((~active_C).sum()) / len(negatives)
-    )
-    token = pre_C.argmax(1).numpy() + np.arange(len(pre_C)) * SIZE
-    batch = RewardBatch(
-        round=0, sae_step=100, latents=np.array([7]), credit_weight=np.array([1.0], dtype=np.float32),
-        row_latent=np.full(len(rows), 7), row_context=rows, row_verdict=says.astype(np.float32),
-        row_active=active_C.numpy()[rows], row_weight=weight.astype(np.float32), row_token=token[rows],
-        false_positive_rate=noise, false_negative_rate=noise,
-    )  # fmt: skip
-    return World(x_TD, on_T, layout, latent, batch, threshold)
-
-
-def params_of(world: World, step: int = 100, W_ND: torch.Tensor | None = None) -> CreditParams:
-    W_enc = (world.latent.W_enc_ND if W_ND is None else W_ND).detach().clone().requires_grad_()
-    b_enc = world.latent.b_enc_N.clone().requires_grad_()
-    return CreditParams(W_enc, b_enc, world.latent.b_dec_D, first_latent=7, step=step)
-
-
-def fit(name: str, world: World, settings: CreditSettings = SETTINGS):
-    return ESTIMATORS[name].fit(settings, world.batch, world.latent, world.x_TD, world.layout)
-
-
-# Not (bank_gate, 0.1): flipped verdicts on rare concepts, reweighted to the natural prior, defeat the bare bank BCE
-# (RESEARCH.md section 1). The teacher form is the default because it stands them.
-@pytest.mark.parametrize(("name", "noise"), [("teacher_gate", 0.0), ("teacher_gate", 0.1), ("bank_gate", 0.0)])
-def test_credit_turns_the_encoder_from_the_confounder_to_the_concept(name, noise):
-    world = make_world(noise)
-    credit = fit(name, world)
-    params = params_of(world)
-    optimiser = torch.optim.Adam([params.W_enc_mD, params.b_enc_m], lr=0.02)
-    batches = world.x_TD.split(1000)
-    for step in range(150):
-        optimiser.zero_grad()
-        credit.loss(batches[step % len(batches)], params, world.threshold).backward()
-        optimiser.step()
-    before, after = world.latent.W_enc_ND[0], params.W_enc_mD[0].detach()
-    assert after[0] / after[1].abs() > 1.5 * before[0] / before[1]
-    fires = world.x_TD @ after + params.b_enc_m.detach()[0] > world.threshold
-    fired_before = world.x_TD @ before > world.threshold
-    assert f1(fires, world.on_T) > f1(fired_before, world.on_T) + 0.1
+def test_every_estimator_is_a_loss_or_gives_deltas_or_discounts():
+    assert sorted(ESTIMATORS) == sorted([*LOSSES, "evolution", "selection_bonus", "threshold"])
 
 
 def value(loss: torch.Tensor) -> float:
     return float(loss.detach())
 
 
-def f1(fires: torch.Tensor, truth: torch.Tensor) -> float:
-    return float(2 * (fires & truth).sum() / (fires.sum() + truth.sum()))
-
-
-@pytest.mark.parametrize("name", sorted(ESTIMATORS))
+@pytest.mark.parametrize("name", LOSSES)
 def test_the_gradient_is_the_derivative_of_the_loss(name):
-    world = make_world()
+    world = with_rollouts(make_world(0.1))
     credit = fit(name, world)
     params = params_of(world)
-    loss = credit.loss(world.x_TD[:500], params, world.threshold)
-    loss.backward()
-    with torch.no_grad():
-        # The drift weight is held constant in the gradient, so probe along the weights themselves: no drift there.
-        direction = params.W_enc_mD / params.W_enc_mD.norm()
+    credit.loss(world.x_TD[:500], params, world.threshold).backward()
+    # The drift weight is held constant in the gradient and is level where nothing has moved.
+    generator = torch.Generator().manual_seed(1)
+    for tensor, field in ((params.W_enc_mD, "W_enc_mD"), (params.b_enc_m, "b_enc_m")):
+        direction = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        if tensor.grad is None:
+            assert (name, field) == ("policy_gradient", "b_enc_m")
+            continue
         numbers = []
         for sign in (1, -1):
-            moved = params._replace(W_enc_mD=params.W_enc_mD + sign * 1e-6 * direction)
-            numbers.append(float(credit.loss(world.x_TD[:500], moved, world.threshold)))
-    slope = (numbers[0] - numbers[1]) / 2e-6
-    assert slope == pytest.approx(float((params.W_enc_mD.grad * direction).sum()), rel=1e-4)
+            there = params._replace(**{field: (tensor + sign * 1e-6 * direction).detach()})
+            numbers.append(value(credit.loss(world.x_TD[:500], there, world.threshold)))
+        slope = (numbers[0] - numbers[1]) / 2e-6
+        assert slope == pytest.approx(float((tensor.grad * direction).sum()), rel=1e-4, abs=1e-9)
 
 
-@pytest.mark.parametrize("name", sorted(ESTIMATORS))
+@pytest.mark.parametrize("name", LOSSES)
 def test_old_rewards_and_moved_latents_count_less(name):
-    world = make_world()
-    credit = fit(name, world)
+    world = with_rollouts(make_world())
     x = world.x_TD[:500]
-    if name == "bank_gate":  # rows are drawn per step: take them all, so that only the age differs
-        credit.ROWS_PER_STEP = 1000
-    now = value(credit.loss(x, params_of(world, step=100), world.threshold))
-    late = value(credit.loss(x, params_of(world, step=500), world.threshold))
+    aged = dataclasses.replace(world, batch=dataclasses.replace(world.batch, sae_step=-300))
+    now, late = (value(fit(name, w).loss(x, params_of(world), world.threshold)) for w in (world, aged))
     assert late == pytest.approx(now / 2)
     away = torch.zeros_like(world.latent.W_enc_ND)
     away[0, 5] = 1.0
-    assert value(credit.loss(x, params_of(world, W_ND=away), world.threshold)) == 0.0
+    assert value(fit(name, world).loss(x, params_of(world, W_ND=away), world.threshold)) == 0.0
+
+
+def test_discounts_fade_with_age():
+    world = two_latents()
+    credit = fit("selection_bonus", world)
+    now, late = (credit.selection(params_of(world, step=step)) for step in (100, 500))
+    assert torch.allclose(late, now / 2)
 
 
 @pytest.mark.parametrize("name", sorted(ESTIMATORS))
-def test_a_restored_estimator_gives_the_same_loss(name):
-    world = make_world()
+def test_a_restored_estimator_does_the_same(name):
+    world = with_rollouts(two_latents(0.1))
     credit = fit(name, world)
-    again = restore_credit(name, SETTINGS, {key: value.clone() for key, value in credit.state_dict().items()})
-    x = world.x_TD[:500]
-    assert torch.equal(
-        credit.loss(x, params_of(world), world.threshold), again.loss(x, params_of(world), world.threshold)
-    )
+    state = {key: tensor.clone() for key, tensor in credit.state_dict().items()}
+    again = restore_credit(name, SETTINGS, reshard([state], 0, 100))
+    x, params = world.x_TD[:500], params_of(world, step=103)
+    for made in (
+        lambda it: it.loss(x, params, world.threshold),
+        lambda it: it.deltas(params, world.threshold),
+        lambda it: it.selection(params),
+    ):
+        first, second = made(credit), made(again)
+        for one, other in zip(*(t if isinstance(t, tuple) else (t,) for t in (first, second)), strict=True):
+            assert one is other is None or torch.equal(one, other)
+    after = restore_credit(name, SETTINGS, {key: tensor.clone() for key, tensor in credit.state_dict().items()})
+    assert after.deltas(params, world.threshold) is None  # what was given stays given
+
+
+@pytest.mark.parametrize("name", sorted(ESTIMATORS))
+def test_splitting_the_latents_over_shards_changes_nothing(name):
+    """Fitted per shard, or fitted together and re-sharded: the same credit for each latent."""
+    world = with_rollouts(two_latents(0.1))
+    x, params, threshold = world.x_TD[:500], params_of(world, step=103), world.threshold
+    whole = fit(name, world)
+    state = {key: tensor.clone() for key, tensor in whole.state_dict().items()}
+    for resharded in (False, True):
+        parts = []
+        for low, high, place in ((0, 8, 0), (8, 16, 1)):
+            if resharded:
+                parts.append(restore_credit(name, SETTINGS, reshard([state], low, high)))
+                continue
+            latent = dataclasses.replace(
+                world.latent, W_enc_ND=world.latent.W_enc_ND[place, None], b_enc_N=world.latent.b_enc_N[place, None]
+            )
+            batch = world.batch.for_shard(low, high)
+            parts.append(fit(name, dataclasses.replace(world, batch=batch, latent=latent)))
+        losses = [part.loss(x, params, threshold) for part in parts]
+        if name in LOSSES:
+            total = sum(value(loss) for loss in losses if loss is not None)
+            assert total == pytest.approx(value(whole.loss(x, params, threshold)), rel=1e-12)
+        discounts = [part.selection(params) for part in parts]
+        if discounts[0] is not None:
+            torch.testing.assert_close(sum(discounts), whole.selection(params))
+        deltas = [part.deltas(params, threshold) for part in parts]
+        expected = restore_credit(name, SETTINGS, {k: t.clone() for k, t in state.items()}).deltas(params, threshold)
+        if expected is not None:
+            assert [int(part.rows_n[0]) for part in deltas] == [0, 2]
+            for field in ("W_enc_nD", "b_enc_n"):
+                if getattr(expected, field) is not None:
+                    joined = torch.cat([getattr(part, field) for part in deltas])
+                    torch.testing.assert_close(joined, getattr(expected, field), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_dp_ranks_average_to_the_global_batch_exactly_however_positives_are_spread(name):
+    """All positives on one rank, and shares that are not equal: normalising per rank would differ."""
+    world = with_rollouts(make_world(0.1))
+    credit = fit(name, world)
+    order_T = torch.argsort(world.on_TN[:, 0].double(), descending=True, stable=True)
+    x = world.x_TD[order_T][torch.cat([torch.arange(40), torch.arange(4000, 4161)])]
+    params = params_of(world)._replace(global_tokens=len(x))
+    together = value(credit.loss(x, params, world.threshold))
+    parts = [x[:61], x[61:]]
+    averaged = sum(len(part) / len(x) * value(credit.loss(part, params, world.threshold)) for part in parts)
+    assert averaged == pytest.approx(together, rel=1e-12)
+
+
+def test_turning_back_keeps_the_norm_and_the_plane():
+    old, new = torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([[0.0, 3.0, 0.0]])
+    turned = within_turn(old, new, torch.tensor([math.pi / 6]))
+    torch.testing.assert_close(turned, 3 * torch.tensor([[math.cos(math.pi / 6), 0.5, 0.0]]))
+    torch.testing.assert_close(within_turn(old, new, torch.tensor([2.0])), new)
+    torch.testing.assert_close(within_turn(old, old, torch.tensor([0.5])), old)
 
 
 def test_latents_of_other_shards_and_untrusted_latents_are_left_out():
-    world = make_world()
+    world = with_rollouts(make_world())
     assert list(world.batch.for_shard(0, 7).latents) == []
     assert list(world.batch.for_shard(0, 8).latents) == [7]
+    assert len(world.batch.for_shard(0, 7).rollouts.reward) == 0
+    assert world.batch.for_shard(0, 7).for_shard(0, 3).whole is world.batch
     untrusted = dataclasses.replace(world.batch, credit_weight=np.zeros(1, dtype=np.float32))
     assert len(untrusted.for_shard(0, 8).row_latent) == 0
 

@@ -1,0 +1,220 @@
+"""One cell of the bake-off: an SAE is pretrained on a synthetic world, fine-tuned with credit, and measured.
+
+The trainer and the estimators are the real ones (`trainer.sharded_sae`, `reward.credit`), on one process and without
+Ray: `estimator.fit` on a round's verdicts, then `trainer.step(..., credit)` until the next round. SAEs are compared
+at matched L0: one shift of all thresholds brings each to the same number of active latents per sample.
+
+    round r: state at step s --evidence, oracle verdicts--> rows --delay_steps--> fit --> credit until the next fit
+
+Suffixes: B batch, N evaluation samples, T pool samples, M latents, F features, D d_in.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sae_ray.errors import UserError
+from sae_ray.evaluation.proving_ground_base import (
+    BATCH,
+    Base,
+    Ground,
+    digest,
+    make_trainer,
+    pretrained,
+    without_moments,
+)
+from sae_ray.evaluation.proving_ground_controls import Probes, TruthGate
+from sae_ray.evaluation.proving_ground_evidence import Asking, Pool, ask
+from sae_ray.evaluation.proving_ground_readout import Readout, main_metrics, measurements, readout
+from sae_ray.evaluation.synthetic_judge import Explaining, JudgeErrors, OracleJudge
+from sae_ray.evaluation.synthetic_matching import best_features
+from sae_ray.evaluation.synthetic_metrics import detect
+from sae_ray.reward.credit import ESTIMATORS, CreditSettings, LatentState, RewardBatch
+from sae_ray.trainer.sharded_sae import CreditLoss, ShardedTrainer
+
+CONTROLS = ("base", "continued", "true_labels", "probes", "verdict_probes")
+PROBE_STEPS, PROBE_BATCHES = 1500, 100
+WATCHED = 5000  # held-out samples that the metrics during fine-tuning are of
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is done to a base.
+
+    Attributes:
+        method: a name of `reward.credit.ESTIMATORS`, or of CONTROLS: the base as it is; trained on without credit;
+            gate BCE with the truth; supervised probes (a ceiling of linear detectors, no SAE); the SAE with its gates
+            replaced by probes of the verdicts.
+        k: active latents per sample while fine-tuning.
+        verdicts: per latent, over all rounds.
+        noise, explanation_noise, leniency: see `JudgeErrors` (verdict, explanation, leniency).
+        delay_steps: trainer steps between gathering evidence and the arrival of its rewards.
+        shuffled, frozen_decoder: controls that go with an estimator.
+    """
+
+    base: Base
+    method: str
+    k: int = 4
+    verdicts: int = 512
+    noise: float = 0.1
+    explanation_noise: float = 0.0
+    leniency: float = 0.0
+    delay_steps: int = 0
+    explain: Explaining = "f1"
+    shuffled: bool = False
+    frozen_decoder: bool = False
+    rounds: int = 2
+    steps: int = 1600
+    lr: float = 1e-3
+    gamma: float = 0.3
+    slope: float = 10.0
+    shrink: float = 0.5
+    half_life_steps: float = 1e6  # no ageing unless a cell asks for it
+    pool: int = 30_000
+
+    def __post_init__(self) -> None:
+        if self.method not in CONTROLS and self.method not in ESTIMATORS:
+            known = ", ".join([*CONTROLS, *ESTIMATORS])
+            raise UserError(f"cell: method {self.method!r} is unknown; known: {known}")
+
+    @property
+    def key(self) -> str:
+        return digest(asdict(self))
+
+    @classmethod
+    def read(cls, record: dict[str, Any]) -> Cell:
+        """From `asdict`, as a line of results holds it."""
+        return cls(**{**record, "base": Base(**record["base"])})
+
+
+def run_cell(cell: Cell, ground: Ground, cache: Path) -> dict[str, Any]:
+    """Everything that is reported of a cell, ready for JSON; see `proving_ground_readout.measurements`."""
+    base = pretrained(cell.base, ground, cache)
+    began = time.process_time()
+    curve: list[dict[str, float]] = []
+    judge = None
+    if cell.method == "probes":
+        found = _ceiling(base, ground)
+    elif cell.method == "verdict_probes":
+        at, judge = _verdict_probes(cell, base, ground)
+        found = measurements(at, ground.truth)
+    else:
+        trainer = base
+        if cell.method != "base":
+            trainer, judge = fine_tune(cell, base, ground, curve)
+        found = measurements(readout(trainer, ground.truth.x_ND), ground.truth)
+    spent = 0 if judge is None else judge.verdicts_spent
+    return {
+        "key": cell.key,
+        "cell": asdict(cell),
+        **found,
+        "curve": curve,
+        "verdicts_spent": spent,
+        "verdicts_per_latent": spent / len(base.b_enc_m),
+        "texts_read": 0 if judge is None else judge.texts_read,
+        "cpu_seconds": time.process_time() - began,
+    }
+
+
+# ---------------------------------------------------------------------- fine-tuning
+
+
+def fine_tune(
+    cell: Cell, base: ShardedTrainer, ground: Ground, watch: list[dict[str, float]] | None = None
+) -> tuple[ShardedTrainer, OracleJudge]:
+    """A copy of the base, trained on with the cell's credit; its optimiser starts anew.
+
+    Args:
+        watch: gets the metrics at matched L0 (`cell.k`) at the end of each round.
+    """
+    trainer = make_trainer(cell.base, cell.k, cell.steps, cell.lr, base.d_in)
+    trainer.load_state(without_moments(base), {**base.meta(), "steps_done": 0})
+    frozen = {name: trainer.parameters()[name].clone() for name in ("W_dec", "b_dec")} if cell.frozen_decoder else {}
+    judge = oracle(cell, ground)
+    rng = np.random.default_rng([cell.base.seed, 11])
+    settings = CreditSettings(cell.gamma, cell.slope, cell.shrink, cell.half_life_steps)
+    per_round = cell.steps // cell.rounds
+    truth = TruthGate(cell.gamma, cell.slope)
+    credit: CreditLoss | None = truth if cell.method == "true_labels" else None
+    feature_M = torch.empty(0)
+    pending: list[tuple[int, RewardBatch, Pool]] = []
+    for step in range(cell.steps):
+        if step % per_round == 0 and step // per_round < cell.rounds:
+            index = step // per_round
+            feature_M = best_features(trainer.W_dec_mD, ground.truth.directions_FD)
+            if cell.method in ESTIMATORS:
+                pool = ground.pool(cell.pool, index)
+                margin_TM = trainer.pre_activations(pool.x_TD) - trainer.thresholds_m()
+                rows = ask(judge, _asking(cell), margin_TM, pool, step, index, rng)
+                pending.append((step + cell.delay_steps, rows, pool))
+        while pending and pending[0][0] <= step:
+            _, rows, pool = pending.pop(0)
+            x_TD = trainer.scaled(pool.x_TD)
+            credit = ESTIMATORS[cell.method].fit(settings, rows, _latents(trainer, rows), x_TD, pool.layout)
+        x_BD, firings = ground.batch(step)
+        if credit is truth:
+            truth.labels_BM = ground.world.shown(firings)[:, feature_M]
+        trainer.step(x_BD, BATCH, credit)
+        for name, tensor in frozen.items():
+            trainer.parameters()[name].copy_(tensor)
+        if watch is not None and (step + 1) % per_round == 0:
+            watch.append({"step": step + 1, **_progress(trainer, ground, cell.k)})
+    return trainer, judge
+
+
+def oracle(cell: Cell, ground: Ground) -> OracleJudge:
+    errors = JudgeErrors(cell.explanation_noise, cell.noise, cell.leniency)
+    return OracleJudge(ground.world.forest, errors, seed=700_001 + cell.base.seed)
+
+
+def _asking(cell: Cell) -> Asking:
+    return Asking(cell.verdicts // cell.rounds, cell.explain, shuffled=cell.shuffled)
+
+
+def _latents(trainer: ShardedTrainer, rows: RewardBatch) -> LatentState:
+    latents = torch.from_numpy(rows.latents)
+    centre_D = trainer.b_dec_D if trainer.subtract_b_dec else torch.zeros_like(trainer.b_dec_D)
+    return LatentState(trainer.W_enc_mD[latents].clone(), trainer.b_enc_m[latents].clone(), centre_D.clone())
+
+
+def _progress(trainer: ShardedTrainer, ground: Ground, l0: float) -> dict[str, float]:
+    some = ground.truth._replace(x_ND=ground.truth.x_ND[:WATCHED], on_NF=ground.truth.on_NF[:WATCHED])
+    at = readout(trainer, some.x_ND)
+    return {"deployed_l0": main_metrics(at, some, None)["l0"], **main_metrics(at, some, l0)}
+
+
+# ---------------------------------------------------------------------- probes
+
+
+def _ceiling(base: ShardedTrainer, ground: Ground) -> dict[str, Any]:
+    """Supervised linear probes of the features that the base's latents are most parallel to, each at the threshold with
+    the best F1. They reconstruct nothing, and their L0 is what it is."""
+    feature_M = best_features(base.W_dec_mD, ground.truth.directions_FD)
+    drawn = [ground.batch(step) for step in range(PROBE_BATCHES)]
+    batches = [(x_BD, ground.world.shown(firings)[:, feature_M]) for x_BD, firings in drawn]
+    pool = ground.pool(20_000, 0)
+    probes = Probes(pool.x_TD, len(feature_M))
+    probes.train_on_labels(batches, PROBE_STEPS)
+    probes.choose_thresholds(pool.x_TD, pool.on_TF[:, feature_M])
+    fires_NM = probes.margin(ground.truth.x_ND) >= 0
+    found = detect(fires_NM, ground.truth.on_NF[:, feature_M])
+    means = {name: float(values.mean()) for name, values in found._asdict().items()}
+    return {"deployed": {"l0": float(fires_NM.sum(1).double().mean()), **means}, "matched": {}, "frontier": []}
+
+
+def _verdict_probes(cell: Cell, base: ShardedTrainer, ground: Ground) -> tuple[Readout, OracleJudge]:
+    """The base, each gate replaced by a probe fitted to the verdicts on its latent; magnitudes and decoder stay."""
+    judge, pool = oracle(cell, ground), ground.pool(cell.pool, 0)
+    margin_TM = base.pre_activations(pool.x_TD) - base.thresholds_m()
+    asking = Asking(cell.verdicts, cell.explain, shuffled=cell.shuffled)
+    rows = ask(judge, asking, margin_TM, pool, 0, 0, np.random.default_rng([cell.base.seed, 11]))
+    probes = Probes(pool.x_TD, len(base.b_enc_m))
+    probes.train_on_verdicts(pool.x_TD, rows)
+    at = readout(base, ground.truth.x_ND)
+    return at._replace(margin_NM=probes.margin(ground.truth.x_ND)), judge

@@ -1,0 +1,66 @@
+"""Credit estimators: a round's rewards in, gradients on the local shard's latents out. See `base` for the interface."""
+
+from __future__ import annotations
+
+from sae_ray.reward.credit.bank_gate import BankGate
+from sae_ray.reward.credit.base import (
+    CreditEstimator,
+    CreditSettings,
+    Deltas,
+    LatentState,
+    RewardBatch,
+    Rollouts,
+    State,
+)
+from sae_ray.reward.credit.evolution import Evolution
+from sae_ray.reward.credit.gates import debias, gate_logit, observed, posterior
+from sae_ray.reward.credit.policy_gradient import PolicyGradient
+from sae_ray.reward.credit.preference import Preference
+from sae_ray.reward.credit.reward_model import RewardModel
+from sae_ray.reward.credit.selection_bonus import SelectionBonus
+from sae_ray.reward.credit.teacher_gate import MAX_RATE_CHANGE, TeacherGate
+from sae_ray.reward.credit.threshold import Threshold
+from sae_ray.reward.credit.whitening import MIN_CONFIRMED, whitener
+
+ESTIMATORS: dict[str, type[CreditEstimator]] = {
+    "teacher_gate": TeacherGate,
+    "bank_gate": BankGate,
+    "threshold": Threshold,
+    "selection_bonus": SelectionBonus,
+    "reward_model": RewardModel,
+    "evolution": Evolution,
+    "preference": Preference,
+    "policy_gradient": PolicyGradient,
+}
+
+__all__ = [
+    "ESTIMATORS",
+    "MAX_RATE_CHANGE",
+    "MIN_CONFIRMED",
+    "BankGate",
+    "CreditEstimator",
+    "CreditSettings",
+    "Deltas",
+    "Evolution",
+    "LatentState",
+    "PolicyGradient",
+    "Preference",
+    "RewardBatch",
+    "RewardModel",
+    "Rollouts",
+    "SelectionBonus",
+    "State",
+    "TeacherGate",
+    "Threshold",
+    "debias",
+    "gate_logit",
+    "observed",
+    "posterior",
+    "restore_credit",
+    "whitener",
+]
+
+
+def restore_credit(name: str, settings: CreditSettings, state: State) -> CreditEstimator:
+    """An estimator from the state that a checkpoint kept of it."""
+    return ESTIMATORS[name](settings, state)

@@ -1,0 +1,68 @@
+"""The gate of a latent as a probability, and the judge's errors on the way from a presence to a verdict."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+MIN_INFORMATION = 0.05  # floor of 1 - fpr - fnr: a judge at chance tells nothing, and dividing by it explodes
+
+
+def debias(verdict: torch.Tensor, fpr: float, fnr: float) -> torch.Tensor:
+    """Unbiased estimate of a concept's presence from a verdict with known error rates; below 0 for a no."""
+    return (verdict - fpr) / max(1 - fpr - fnr, MIN_INFORMATION)
+
+
+def observed(presence: torch.Tensor, fpr: float, fnr: float) -> torch.Tensor:
+    """Probability that a judge with these error rates says yes when the concept is present with `presence`."""
+    return fpr + max(1 - fpr - fnr, MIN_INFORMATION) * presence
+
+
+def gate_logit(pre: torch.Tensor, threshold: torch.Tensor, slope: float) -> torch.Tensor:
+    """How far a pre-activation is above its threshold, in thresholds, times the slope."""
+    return slope * (pre - threshold) / threshold.clamp(min=1e-3)
+
+
+def platt(
+    score_NV: torch.Tensor,
+    verdict_NV: torch.Tensor,
+    weight_NV: torch.Tensor,
+    rates: tuple[float, float],
+    steps: int = 200,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per latent (slope, offset) of P(concept | context) = sigmoid(slope * score + offset), judged noise removed.
+
+    Fitted by weighted likelihood of the verdicts under their error rates; a weak pull of the slope toward 1
+    keeps latents with few verdicts finite.
+
+    Args:
+        weight_NV: inverse propensities, 0 where a latent has fewer rows than others.
+        rates: (false positive, false negative) of the judge.
+    """
+    total_N = weight_NV.sum(1).clamp(min=1e-9)
+    mu_N = (weight_NV * score_NV).sum(1) / total_N
+    sd_N = ((weight_NV * (score_NV - mu_N[:, None]) ** 2).sum(1) / total_N).sqrt().clamp(min=1e-3)
+    z_NV = (score_NV - mu_N[:, None]) / sd_N[:, None]
+    raw_N = torch.ones_like(mu_N).requires_grad_()
+    offset_N = torch.zeros_like(mu_N).requires_grad_()
+    optimiser = torch.optim.Adam([raw_N, offset_N], lr=0.1)
+    with torch.enable_grad():
+        for _ in range(steps):
+            presence_NV = torch.sigmoid(F.softplus(raw_N)[:, None] * z_NV + offset_N[:, None])
+            p_NV = observed(presence_NV, *rates)
+            bce_NV = F.binary_cross_entropy(p_NV.clamp(1e-4, 1 - 1e-4), verdict_NV, reduction="none")
+            loss = ((weight_NV * bce_NV).sum(1) / total_N).sum() + 1e-3 * (raw_N - 1).square().sum()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+    slope_N = F.softplus(raw_N.detach()) / sd_N
+    return slope_N, offset_N.detach() - slope_N * mu_N
+
+
+def posterior(said_yes: torch.Tensor, prior: torch.Tensor, rates: tuple[float, float]) -> torch.Tensor:
+    """P(concept present | verdict) for a presence of `prior` before the verdict (Bayes)."""
+    fpr, fnr = rates
+    if_present = torch.where(said_yes > 0.5, 1 - fnr, fnr)
+    if_absent = torch.where(said_yes > 0.5, fpr, 1 - fpr)
+    joint = prior * if_present
+    return joint / (joint + (1 - prior) * if_absent).clamp(min=1e-12)

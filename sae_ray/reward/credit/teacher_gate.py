@@ -1,0 +1,83 @@
+"""Teacher distillation: RESEARCH.md section 1, candidate (b')."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from sae_ray.reward.credit.base import CreditEstimator, CreditSettings, LatentState, RewardBatch, on_device
+from sae_ray.reward.credit.cuts import implied_cuts
+from sae_ray.reward.credit.gates import gate_logit
+from sae_ray.reward.credit.trust import common_state, freshness
+from sae_ray.reward.credit.whitening import judged_means, unit, whitener
+from sae_ray.reward.evidence import ContextLayout, max_per_context
+
+if TYPE_CHECKING:
+    from sae_ray.trainer.sharded_sae import CreditParams
+
+# By how much a teacher may change the share of contexts that a latent marks, in one round.
+MAX_RATE_CHANGE = 1.25
+
+
+class TeacherGate(CreditEstimator):
+    """Pseudo-labels of a per-latent teacher on the natural distribution.
+
+    Per judged latent j, with S the covariance of unlabelled activations and v the noise-corrected verdicts
+    on active contexts, the whitened mean difference `d_j = S^-1 (sum v x / sum v - mean)` is shrunk toward
+    the encoder's own direction, both at unit S-norm: `t_j = shrink * w_j + (1 - shrink) * d_j`. A Platt map
+    of the context's largest `t_j . (x - mean)`, fitted at the natural prior through the judge's error
+    rates, says in which share of contexts the concept is present; the teacher's threshold is set to mark that
+    share, but never further than a factor of MAX_RATE_CHANGE from what the latent itself marks: a few
+    dozen verdicts cannot tell a rare concept from an absent one, and a teacher that marks nothing would
+    silence its latent. Tokens above the threshold are pseudo-positives y, expected r_j per token, and the
+    gate BCE pulls the encoder's gate toward them on the natural distribution, B the tokens of the global batch:
+
+        loss = gamma * sum_j c_j * fresh_j * sum_B BCE(slope * (pre - thr) / thr, y) / max(1, r_j B)
+    """
+
+    @classmethod
+    def fit(
+        cls,
+        settings: CreditSettings,
+        batch: RewardBatch,
+        latent: LatentState,
+        x_TD: torch.Tensor,
+        layout: ContextLayout,
+    ) -> TeacherGate:
+        layout = on_device(layout, latent.W_enc_ND.device)
+        x_TD = x_TD.to(latent.W_enc_ND)
+        mean_D, cov_DD, inverse_DD = whitener(x_TD)
+        directions_ND = []
+        for w_D, judged_D in zip(latent.W_enc_ND, judged_means(batch, x_TD), strict=True):
+            own_D = unit(w_D, cov_DD)
+            if judged_D is not None:
+                found_D = unit(inverse_DD @ (judged_D - mean_D), cov_DD)
+                own_D = unit(settings.shrink * own_D + (1 - settings.shrink) * found_D, cov_DD)
+            directions_ND.append(own_D)
+        teacher_ND = torch.stack(directions_ND)
+        score_TN = (x_TD - mean_D) @ teacher_ND.T
+        cut_N = implied_cuts(max_per_context(score_TN, layout), batch, np.full(len(batch.latents), MAX_RATE_CHANGE))
+        return cls(
+            settings,
+            common_state(settings, batch, latent)
+            | {
+                "W_ND": teacher_ND,
+                "b_N": -(teacher_ND @ mean_D) - cut_N,
+                "rate_N": (score_TN > cut_N).to(x_TD.dtype).mean(0),
+            },
+        )
+
+    def loss(self, x_BD: torch.Tensor, params: CreditParams, threshold: torch.Tensor) -> torch.Tensor | None:
+        state = self._state
+        rows_N = state["latents"] - params.first_latent
+        label_BN = (torch.addmm(state["b_N"], x_BD, state["W_ND"].T) > 0).to(x_BD.dtype)
+        W_ND, b_N = params.W_enc_mD[rows_N], params.b_enc_m[rows_N]
+        pre_BN = torch.addmm(b_N, x_BD - params.b_dec_D, W_ND.T)
+        logit_BN = gate_logit(pre_BN, threshold.expand_as(params.b_enc_m)[rows_N], self._settings.slope)
+        bce_N = F.binary_cross_entropy_with_logits(logit_BN, label_BN, reduction="none").mean(0)
+        bce_N = bce_N / state["rate_N"].clamp(min=1 / params.tokens(x_BD))
+        weight_N = state["credit_N"] * freshness(self._settings, state, W_ND, params.step)
+        return self._settings.gamma * (weight_N * bce_N).sum()

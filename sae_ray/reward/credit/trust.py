@@ -1,0 +1,72 @@
+"""How far a reward may still be trusted: its age, the latent's drift, and the trust region of a round.
+
+A round's verdicts speak of the direction that was judged. With n effective verdicts (Kish's number, times the square
+of what a verdict of this judge tells) a latent's direction may turn by
+
+    turn = max_turn * n / (n + TURN_VERDICTS)
+
+from it. The weight of its credit is `2^(-age / half life) * cos(angle) * taper`, where the taper is 1 up to half of
+`turn` and falls to 0 at `turn`: a loss has no gradient beyond, and deltas are cut to that cone.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from sae_ray.reward.composition import age_weight
+from sae_ray.reward.credit.base import CreditSettings, LatentState, RewardBatch, State
+from sae_ray.reward.credit.gates import MIN_INFORMATION
+
+TURN_VERDICTS = 32.0  # effective verdicts at which half of `max_turn` is allowed
+
+
+def information(batch: RewardBatch) -> float:
+    """The share of a perfect verdict's information about a mean that one of this judge's has."""
+    return max(1 - batch.false_positive_rate - batch.false_negative_rate, MIN_INFORMATION) ** 2
+
+
+def effective_verdicts(batch: RewardBatch) -> np.ndarray:
+    """float64 [N]: Kish's effective number of verdicts on active contexts, discounted by the judge's errors."""
+    place = np.searchsorted(batch.latents, batch.row_latent)
+    w = np.where(batch.row_active, batch.row_weight, 0).astype(np.float64)
+    total = np.bincount(place, w, len(batch.latents))
+    squares = np.bincount(place, w * w, len(batch.latents))
+    return information(batch) * total**2 / np.maximum(squares, 1e-12)
+
+
+def evidence_share(batch: RewardBatch) -> np.ndarray:
+    """float64 [N], 0 to 1: which part of a full move a latent's verdicts allow."""
+    n = effective_verdicts(batch)
+    return n / (n + TURN_VERDICTS)
+
+
+def common_state(settings: CreditSettings, batch: RewardBatch, latent: LatentState) -> State:
+    """What every estimator's state holds: whom it is about, how far they are trusted, and what was judged."""
+    device, dtype = latent.W_enc_ND.device, latent.W_enc_ND.dtype
+    return {
+        "latents": torch.tensor(batch.latents, device=device),
+        "credit_N": torch.tensor(batch.credit_weight, dtype=dtype, device=device),
+        "W_judged_ND": latent.W_enc_ND.clone(),
+        "turn_N": torch.tensor(settings.max_turn * evidence_share(batch), dtype=dtype, device=device),
+        "sae_step": torch.tensor(batch.sae_step),
+    }
+
+
+def freshness(settings: CreditSettings, state: State, W_ND: torch.Tensor, step: int) -> torch.Tensor:
+    """[N]: weights of old rewards, of latents that have moved since they were judged, and none beyond their turn."""
+    age = age_weight(step - int(state["sae_step"]), settings.half_life_steps)
+    cos_N = F.cosine_similarity(W_ND.detach(), state["W_judged_ND"], dim=1).clamp(0, 1)
+    taper_N = (2 - 2 * torch.acos(cos_N) / state["turn_N"].clamp(min=1e-6)).clamp(0, 1)
+    return age * cos_N * taper_N
+
+
+def within_turn(old_ND: torch.Tensor, new_ND: torch.Tensor, turn_N: torch.Tensor) -> torch.Tensor:
+    """`new`, turned back toward `old` where the angle between them is larger than `turn`; norms are new's."""
+    norm_N = torch.linalg.vector_norm(new_ND, dim=1, keepdim=True)
+    a_ND, b_ND = F.normalize(old_ND, dim=1), F.normalize(new_ND, dim=1)
+    cos_N = (a_ND * b_ND).sum(1).clamp(-1, 1)
+    across_ND = F.normalize(b_ND - cos_N[:, None] * a_ND, dim=1)
+    angle_N = torch.minimum(torch.acos(cos_N), turn_N)[:, None]
+    return norm_N * (angle_N.cos() * a_ND + angle_N.sin() * across_ND)

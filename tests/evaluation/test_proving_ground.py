@@ -1,0 +1,207 @@
+"""The bake-off's cells on a world that is small enough for a unit test: real trainer, real estimators."""
+
+import json
+import math
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+
+from sae_ray.errors import UserError
+from sae_ray.evaluation import proving_ground_base, synthetic_worlds
+from sae_ray.evaluation.proving_ground import Cell, fine_tune, run_cell
+from sae_ray.evaluation.proving_ground_base import Base, Ground, pretrained
+from sae_ray.evaluation.proving_ground_controls import Probes, TruthGate
+from sae_ray.evaluation.proving_ground_evidence import ACTIVE, NEAR, RANDOM, Asking, ask, draw_rows
+from sae_ray.evaluation.proving_ground_readout import full_metrics, readout
+from sae_ray.evaluation.synthetic_judge import JudgeErrors, OracleJudge
+from sae_ray.evaluation.synthetic_matching import best_features
+from sae_ray.reward.credit import ESTIMATORS, RewardBatch
+from sae_ray.trainer.sharded_sae import CreditParams
+
+TINY = synthetic_worlds.WorldSpec(
+    n_features=48, d_in=16, roots=6, branching=3, depth=1, d_sae=24, orthogonal_steps=50, max_probability=0.3
+)
+BASE = Base("tiny", 0, k=2, steps=120)
+SMALL = {"k": 2, "steps": 40, "pool": 2000, "verdicts": 64}
+
+
+@pytest.fixture(scope="module")
+def ground():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(synthetic_worlds.PRESETS, "tiny", TINY)
+        patch.setattr(proving_ground_base, "BATCH", 256)
+        patch.setattr(proving_ground_base, "POOL_BYTES", 2**18)
+        patch.setattr("sae_ray.evaluation.proving_ground.BATCH", 256)
+        patch.setattr("sae_ray.evaluation.proving_ground.PROBE_STEPS", 200)
+        patch.setattr("sae_ray.evaluation.proving_ground.PROBE_BATCHES", 20)
+        yield Ground("tiny", 0, samples=3000)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("bases")
+
+
+@pytest.fixture(scope="module")
+def base(ground, cache):
+    return pretrained(BASE, ground, cache)
+
+
+def test_a_base_is_trained_once_and_read_back_the_same(ground, cache, base, monkeypatch):
+    monkeypatch.setattr(proving_ground_base, "pretrain", lambda *_: pytest.fail("trained again"))
+    again = pretrained(BASE, ground, cache)
+    assert torch.equal(again.W_enc_mD, base.W_enc_mD)
+    x_ND = ground.truth.x_ND
+    assert torch.equal(readout(again, x_ND).margin_NM, readout(base, x_ND).margin_NM)
+
+
+@pytest.mark.parametrize("l0", [1, 2, 4])
+def test_metrics_are_at_the_l0_that_was_asked_for(ground, base, l0):
+    found = full_metrics(readout(base, ground.truth.x_ND), ground.truth, l0)
+    assert found["l0"] == pytest.approx(l0, abs=1e-3)
+
+
+def test_deployed_metrics_are_those_of_the_codes_that_the_trainer_gives(ground, base):
+    found = full_metrics(readout(base, ground.truth.x_ND), ground.truth, None)
+    codes = base.encode(ground.truth.x_ND)
+    assert found["l0"] == pytest.approx(len(codes.vals_N) / len(ground.truth.x_ND), rel=1e-3)
+
+
+def test_true_labels_beat_continued_training_at_the_same_l0(ground, cache):
+    runs = {
+        method: run_cell(Cell(BASE, method, k=2, steps=300, gamma=0.3), ground, cache)
+        for method in ("continued", "true_labels")
+    }
+    f1 = {method: run["curve"][-1]["f1"] for method, run in runs.items()}
+    assert f1["true_labels"] > f1["continued"] + 0.02
+    assert all(step["l0"] == pytest.approx(2, abs=1e-3) for run in runs.values() for step in run["curve"])
+
+
+@pytest.mark.parametrize("method", sorted(ESTIMATORS))
+def test_every_estimator_runs_and_spends_no_more_than_its_verdicts(ground, cache, method):
+    record = run_cell(Cell(BASE, method, **SMALL), ground, cache)
+    assert 0 < record["verdicts_per_latent"] <= 64
+    assert record["matched"]["4"]["l0"] == pytest.approx(4, abs=1e-2)
+    assert math.isfinite(record["matched"]["4"]["f1"])
+    assert Cell.read(json.loads(json.dumps(record))["cell"]) == Cell(BASE, method, **SMALL)
+
+
+@pytest.mark.parametrize("method", ["probes", "verdict_probes", "base"])
+def test_controls_without_training_run(ground, cache, method):
+    record = run_cell(Cell(BASE, method, **SMALL), ground, cache)
+    assert 0 < record["deployed"]["f1"] < 1
+    assert record["curve"] == []
+
+
+def test_supervised_probes_are_better_detectors_than_the_base(ground, cache, base):
+    probes = run_cell(Cell(BASE, "probes"), ground, cache)["deployed"]["f1"]
+    assert probes > full_metrics(readout(base, ground.truth.x_ND), ground.truth, None)["f1"]
+
+
+def test_a_frozen_decoder_stays_and_its_encoder_moves(ground, base):
+    tuned, _ = fine_tune(Cell(BASE, "true_labels", frozen_decoder=True, **SMALL), base, ground)
+    assert torch.equal(tuned.W_dec_mD, base.W_dec_mD)
+    assert torch.equal(tuned.b_dec_D, base.b_dec_D)
+    assert not torch.equal(tuned.W_enc_mD, base.W_enc_mD)
+
+
+def test_rewards_that_arrive_after_the_end_change_nothing(ground, base):
+    plain, _ = fine_tune(Cell(BASE, "continued", **SMALL), base, ground)
+    late, judge = fine_tune(Cell(BASE, "teacher_gate", delay_steps=1000, **SMALL), base, ground)
+    assert torch.equal(plain.W_enc_mD, late.W_enc_mD)
+    assert judge.verdicts_spent > 0
+    in_time, _ = fine_tune(Cell(BASE, "teacher_gate", delay_steps=10, **SMALL), base, ground)
+    assert not torch.equal(plain.W_enc_mD, in_time.W_enc_mD)
+
+
+def test_a_cell_is_repeatable(ground, base):
+    cell = Cell(BASE, "teacher_gate", **SMALL)
+    one, two = (fine_tune(cell, base, ground)[0] for _ in range(2))
+    assert torch.equal(one.W_enc_mD, two.W_enc_mD)
+
+
+def test_rows_of_a_latent_stand_for_the_whole_pool():
+    margin_T = np.random.default_rng(0).normal(-1, 1, 4000)
+    sample, kind, weight = draw_rows(margin_T, 64, np.random.default_rng(1))
+    assert [int((kind == which).sum()) for which in (ACTIVE, NEAR, RANDOM)] == [32, 16, 16]
+    assert len(set(sample.tolist())) == 64
+    assert weight.sum() == pytest.approx(4000)
+    assert (margin_T[sample[kind == ACTIVE]] >= 0).all()
+    assert (margin_T[sample[kind == NEAR]] < 0).all()
+    assert margin_T[sample[kind == RANDOM]].max() < margin_T[sample[kind == NEAR]].min()
+
+
+def rows_of(ground, base, **asking) -> RewardBatch:
+    pool = ground.pool(2000, 0)
+    margin_TM = base.pre_activations(pool.x_TD) - base.thresholds_m()
+    judge = OracleJudge(ground.world.forest, JudgeErrors(), seed=0)
+    return ask(judge, Asking(64, **asking), margin_TM, pool, 5, 0, np.random.default_rng(0))
+
+
+def test_shuffling_deals_verdicts_anew_but_keeps_each_kinds_share(ground, base):
+    plain, shuffled = rows_of(ground, base), rows_of(ground, base, shuffled=True)
+    assert np.array_equal(plain.row_context, shuffled.row_context)
+    assert not np.array_equal(plain.row_verdict, shuffled.row_verdict)
+    for active in (True, False):
+        a, b = (rows.row_verdict[rows.row_active == active] for rows in (plain, shuffled))
+        assert a.sum() == b.sum()
+
+
+def test_a_batch_trusts_all_judged_latents_alike_and_names_its_step(ground, base):
+    rows = rows_of(ground, base)
+    assert rows.credit_weight.sum() == pytest.approx(1)
+    assert rows.sae_step == 5
+    assert set(rows.row_latent.tolist()) == set(rows.latents.tolist())
+
+
+def test_the_gate_with_true_labels_is_a_cross_entropy_with_their_gradient():
+    g = torch.Generator().manual_seed(0)
+    W_mD, b_m = torch.randn(3, 4, generator=g, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    x_BD = torch.randn(20, 4, generator=g, dtype=torch.float64)
+    truth = TruthGate(gamma=0.5, slope=4.0)
+    truth.labels_BM = torch.rand(20, 3, generator=g) < 0.4
+    thr = torch.tensor(0.7, dtype=torch.float64)
+
+    def loss(W: torch.Tensor) -> torch.Tensor:
+        return truth.loss(x_BD, CreditParams(W, b_m, torch.zeros(4, dtype=torch.float64), 0, 0), thr)
+
+    expected = 0.0
+    for j in range(3):
+        total = 0.0
+        for x, y in zip(x_BD, truth.labels_BM[:, j], strict=True):
+            p = 1 / (1 + math.exp(-4.0 * (float(x @ W_mD[j]) - 0.7) / 0.7))
+            total -= math.log(p if y else 1 - p)
+        expected += 0.5 * total / max(1, int(truth.labels_BM[:, j].sum())) / 3
+    assert float(loss(W_mD)) == pytest.approx(expected)
+    assert torch.autograd.gradcheck(loss, (W_mD.clone().requires_grad_(),))
+
+
+def test_a_probes_threshold_is_the_best_of_all_cuts():
+    g = torch.Generator().manual_seed(0)
+    x_TD = torch.randn(200, 3, generator=g)
+    label_TM = (x_TD[:, :1] + 0.5 * torch.randn(200, 1, generator=g)) > 1
+    probes = Probes(x_TD, 1)
+    probes.W_MD[0, 0] = 1.0
+    probes.choose_thresholds(x_TD, label_TM)
+
+    def f1(fires: torch.Tensor) -> float:
+        return float(2 * (fires & label_TM[:, 0]).sum() / (fires.sum() + label_TM.sum()))
+
+    score_T = probes.standard(x_TD)[:, 0]
+    best = max(f1(score_T >= cut) for cut in score_T)
+    assert f1(probes.margin(x_TD)[:, 0] >= 0) == pytest.approx(best)
+
+
+def test_matched_features_are_those_of_the_decoder(ground, base):
+    assert len(best_features(base.W_dec_mD, ground.truth.directions_FD)) == TINY.d_sae
+
+
+def test_cells_that_differ_have_different_keys_and_an_unknown_method_is_refused():
+    cell = Cell(BASE, "continued")
+    assert cell.key == Cell.read(asdict(cell)).key
+    assert cell.key != replace(cell, noise=0.2).key
+    assert replace(BASE, seed=1).key != BASE.key
+    with pytest.raises(UserError, match=r"'magic' is unknown; known: base, continued, .*teacher_gate"):
+        Cell(BASE, "magic")
