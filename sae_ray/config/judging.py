@@ -108,13 +108,21 @@ class RLAIFConfig(Section):
     candidates: Positive = Field(
         2, description="explanations from the language model that compete, besides the lexical one"
     )
-    estimator: Literal["teacher_gate", "bank_gate"] = "teacher_gate"
+    estimator: Literal[
+        "teacher_gate", "bank_gate", "threshold", "selection_bonus", "reward_model", "evolution", "preference"
+    ] = Field("teacher_gate", description="how verdicts become gradients: see sae_ray/reward/credit")
     gamma: Annotated[float, Field(ge=0)] = Field(0.3, description="weight of the credit loss; 0 costs nothing")
     slope: Annotated[float, Field(gt=0)] = Field(
         10, description="logit slope of the gate, in units of a latent's threshold"
     )
     shrink: Fraction = Field(
         0.5, description="teacher direction: 1 keeps the SAE's own, 0 the whitened mean difference"
+    )
+    max_turn: Annotated[float, Field(gt=0)] = Field(
+        1.5708, description="radians that a latent's direction may turn in a round if its evidence were unlimited"
+    )
+    bonus: Annotated[float, Field(ge=0)] = Field(
+        0.1, description="of selection_bonus: thresholds that an advantage of 1 is worth"
     )
     half_life_steps: Positive = Field(400, description="age at which a reward counts half")
     max_staleness_steps: Positive = Field(

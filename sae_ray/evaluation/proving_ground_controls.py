@@ -24,10 +24,13 @@ class TruthGate:
     def __init__(self, gamma: float, slope: float):
         self._gamma, self._slope = gamma, slope
         self.labels_BM = torch.empty(0)
+        self._unit: torch.Tensor | None = None  # the threshold of the first step, as the estimators' at their fit
 
     def loss(self, x_BD: torch.Tensor, params: CreditParams, threshold: torch.Tensor) -> torch.Tensor:
         pre_BM = torch.addmm(params.b_enc_m, x_BD - params.b_dec_D, params.W_enc_mD.T)
-        logit_BM = gate_logit(pre_BM, threshold.to(pre_BM.dtype).expand_as(params.b_enc_m), self._slope)
+        if self._unit is None:
+            self._unit = threshold.detach().to(pre_BM.dtype).clone()
+        logit_BM = gate_logit(pre_BM, threshold.to(pre_BM.dtype).expand_as(params.b_enc_m), self._slope, self._unit)
         y_BM = self.labels_BM.to(x_BD.dtype)
         bce_M = F.binary_cross_entropy_with_logits(logit_BM, y_BM, reduction="none").sum(0)
         return self._gamma * (bce_M / y_BM.sum(0).clamp(min=1)).mean()

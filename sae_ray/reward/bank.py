@@ -29,6 +29,7 @@ SCHEMA = pa.schema(
         ("active", pa.bool_()),
         ("activation", pa.float32()),
         ("token", pa.int64()),  # kept-token index of the largest pre-activation
+        ("margin", pa.float32()),  # largest pre-activation minus threshold
         ("weight", pa.float32()),  # inverse sampling propensity
         ("judge", pa.string()),
         ("judge_identity", pa.string()),  # `verdict_cache.judge_identity`; null in segments that do not say
@@ -41,7 +42,7 @@ SCHEMA = pa.schema(
 
 
 # Columns that segments of earlier versions do not have.
-_YOUNGER = ("judge_identity", "prompt_version")
+_YOUNGER = ("judge_identity", "prompt_version", "margin")
 
 
 class VerdictBank:

@@ -192,6 +192,7 @@ class RewardDesk:
                 "text": texts[verdict.context], "kind": verdict.kind, "active": verdict.kind == POSITIVE,
                 "activation": float(scan.act_CN[verdict.context, column]),
                 "token": int(scan.token_CN[verdict.context, column]), "weight": verdict.weight,
+                "margin": float(scan.margin_CN[verdict.context, column]),
                 **self.judge.about(), "score": raw,
                 "probability": None if raw is None else self.judge.probability(candidate.text, raw),
             }  # fmt: skip
@@ -261,6 +262,7 @@ def reward_batch(
         row_active=column("active", bool),
         row_weight=column("weight", np.float32),
         row_token=column("token", np.int64),
+        row_margin=column("margin", np.float32),
         false_positive_rate=rates[0],
         false_negative_rate=rates[1],
     )

@@ -183,7 +183,10 @@ class TrainerRank:
         if len(own.latents) and self.cfg.rlaif.gamma > 0:
             acts_TD, layout = self._with_layout(_fetch(evidence), self.cfg.judge.context_tokens)
             rows_N = torch.from_numpy(own.latents - main.first_latent).to(self.mesh.device)
-            latents = LatentState(main.W_enc_mD[rows_N], main.b_enc_m[rows_N], _centre(main).clone())
+            gates = main.own["theta"][rows_N] if "theta" in main.own else main.threshold
+            latents = LatentState(
+                main.W_enc_mD[rows_N], main.b_enc_m[rows_N], _centre(main).clone(), gates.detach().clone()
+            )
             estimator = ESTIMATORS[self.cfg.rlaif.estimator]
             self.credit = estimator.fit(self._credit_settings(), own, latents, main.scaled(acts_TD), layout)
         return {"latents": len(own.latents), "installed": self.credit is not None, "step": main.steps_done}
@@ -332,7 +335,9 @@ class TrainerRank:
         from sae_ray.reward.credit import CreditSettings
 
         rlaif = self.cfg.rlaif
-        return CreditSettings(rlaif.gamma, rlaif.slope, rlaif.shrink, rlaif.half_life_steps)
+        return CreditSettings(
+            rlaif.gamma, rlaif.slope, rlaif.shrink, rlaif.half_life_steps, rlaif.max_turn, rlaif.bonus
+        )
 
     # ----------------------------------------------------------------------------- small parts
 

@@ -51,9 +51,11 @@ class BankGate(CreditEstimator):
         pick_V, stands_for_N = rows_in_turn(state["row_latent"], len(rows_N), self.ROWS_PER_STEP, params.step)
         latent_V = state["row_latent"][pick_V]
         pre_V = context_pre(state, pick_V, params, rows_N)
-        threshold_V = threshold.expand_as(params.b_enc_m)[rows_N][latent_V]
+        threshold_N = threshold.expand_as(params.b_enc_m)[rows_N]
+        unit_V = state.get("unit_N", threshold_N)[latent_V]
+        logit_V = gate_logit(pre_V, threshold_N[latent_V], self._settings.slope, unit_V)
         fpr, fnr = state["rates"].tolist()
-        p_V = observed(torch.sigmoid(gate_logit(pre_V, threshold_V, self._settings.slope)), fpr, fnr)
+        p_V = observed(torch.sigmoid(logit_V), fpr, fnr)
         bce_V = F.binary_cross_entropy(p_V.clamp(1e-4, 1 - 1e-4), state["row_verdict"][pick_V], reduction="none")
         zero_N = state["credit_N"].new_zeros(len(rows_N))
         sum_N = zero_N.index_add(0, latent_V, bce_V * state["row_weight"][pick_V]) * stands_for_N

@@ -122,6 +122,8 @@ class LatentState:
     W_enc_ND: torch.Tensor
     b_enc_N: torch.Tensor
     b_dec_D: torch.Tensor  # what the encoder subtracts: zeros where that is nothing
+    # The gate's threshold, 0-dim or [N], as it is now: the unit of gate logits. None: as it is at each step.
+    threshold: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

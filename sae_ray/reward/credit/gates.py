@@ -18,9 +18,15 @@ def observed(presence: torch.Tensor, fpr: float, fnr: float) -> torch.Tensor:
     return fpr + max(1 - fpr - fnr, MIN_INFORMATION) * presence
 
 
-def gate_logit(pre: torch.Tensor, threshold: torch.Tensor, slope: float) -> torch.Tensor:
-    """How far a pre-activation is above its threshold, in thresholds, times the slope."""
-    return slope * (pre - threshold) / threshold.clamp(min=1e-3)
+def gate_logit(
+    pre: torch.Tensor, threshold: torch.Tensor, slope: float, unit: torch.Tensor | None = None
+) -> torch.Tensor:
+    """How far a pre-activation is above its threshold, in units of `unit` (the threshold itself if None), times slope.
+
+    A unit that is fixed when rewards arrive keeps a BatchTopK from running away: gates that close leave fewer than k
+    positive pre-activations a token, its threshold falls toward 0, and in units of itself every logit would explode.
+    """
+    return slope * (pre - threshold) / (threshold if unit is None else unit).clamp(min=1e-3)
 
 
 def platt(

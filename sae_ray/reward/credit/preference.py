@@ -60,7 +60,8 @@ class Preference(CreditEstimator):
         a_V, b_V = self._pairs(params.step)
         pre_V = context_pre(state, torch.cat([a_V, b_V]), params, rows_N)
         latent_V = state["row_latent"][a_V]
-        scale_N = self._settings.slope / threshold.expand_as(params.b_enc_m)[rows_N].clamp(min=1e-3)
+        unit_N = state.get("unit_N", threshold.expand_as(params.b_enc_m)[rows_N])
+        scale_N = self._settings.slope / unit_N.clamp(min=1e-3)
         behind_V = (pre_V[len(a_V) :] - pre_V[: len(a_V)]) * scale_N[latent_V]
         sum_N = params.b_enc_m.new_zeros(len(rows_N)).index_add(0, latent_V, F.softplus(behind_V))
         weight_N = state["credit_N"] * freshness(self._settings, state, params.W_enc_mD[rows_N], params.step)

@@ -79,15 +79,16 @@ class RewardModel(CreditEstimator):
         rows_N = state["latents"] - params.first_latent
         W_ND, b_N = params.W_enc_mD[rows_N], params.b_enc_m[rows_N]
         threshold_N = threshold.expand_as(params.b_enc_m)[rows_N]
+        unit_N = state.get("unit_N", threshold_N)
         label_BN, sure_BN = _labels(state, x_BD)
-        logit_BN = gate_logit(torch.addmm(b_N, x_BD - params.b_dec_D, W_ND.T), threshold_N, slope)
+        logit_BN = gate_logit(torch.addmm(b_N, x_BD - params.b_dec_D, W_ND.T), threshold_N, slope, unit_N)
         bce_BN = F.binary_cross_entropy_with_logits(logit_BN, label_BN, reduction="none")
         taught_N = (sure_BN * bce_BN).mean(0) / state["rate_N"].clamp(min=1 / params.tokens(x_BD))
 
         pick_V, stands_for_N = rows_in_turn(state["row_latent"], len(rows_N), self.ROWS_PER_STEP, params.step)
         latent_V = state["row_latent"][pick_V]
         pre_V = ((state["row_x"][pick_V] - params.b_dec_D) * W_ND[latent_V]).sum(1) + b_N[latent_V]
-        pull_V = gate_logit(pre_V, threshold_N[latent_V], slope) * state["row_residual"][pick_V]
+        pull_V = gate_logit(pre_V, threshold_N[latent_V], slope, unit_N[latent_V]) * state["row_residual"][pick_V]
         zero_N = torch.zeros_like(b_N)
         banked_N = zero_N.index_add(0, latent_V, pull_V * state["row_weight"][pick_V]) * stands_for_N
         active_N = zero_N.index_add(0, state["row_latent"], state["row_weight"] * state["row_active"])

@@ -76,7 +76,8 @@ class TeacherGate(CreditEstimator):
         label_BN = (torch.addmm(state["b_N"], x_BD, state["W_ND"].T) > 0).to(x_BD.dtype)
         W_ND, b_N = params.W_enc_mD[rows_N], params.b_enc_m[rows_N]
         pre_BN = torch.addmm(b_N, x_BD - params.b_dec_D, W_ND.T)
-        logit_BN = gate_logit(pre_BN, threshold.expand_as(params.b_enc_m)[rows_N], self._settings.slope)
+        threshold_N = threshold.expand_as(params.b_enc_m)[rows_N]
+        logit_BN = gate_logit(pre_BN, threshold_N, self._settings.slope, state.get("unit_N"))
         bce_N = F.binary_cross_entropy_with_logits(logit_BN, label_BN, reduction="none").mean(0)
         bce_N = bce_N / state["rate_N"].clamp(min=1 / params.tokens(x_BD))
         weight_N = state["credit_N"] * freshness(self._settings, state, W_ND, params.step)

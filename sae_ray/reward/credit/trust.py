@@ -45,7 +45,10 @@ def evidence_share(batch: RewardBatch) -> np.ndarray:
 def common_state(settings: CreditSettings, batch: RewardBatch, latent: LatentState) -> State:
     """What every estimator's state holds: whom it is about, how far they are trusted, and what was judged."""
     device, dtype = latent.W_enc_ND.device, latent.W_enc_ND.dtype
-    return {
+    unit: State = {}
+    if latent.threshold is not None:
+        unit["unit_N"] = latent.threshold.to(latent.W_enc_ND).expand(len(batch.latents)).clone()
+    return unit | {
         "latents": torch.tensor(batch.latents, device=device),
         "credit_N": torch.tensor(batch.credit_weight, dtype=dtype, device=device),
         "W_judged_ND": latent.W_enc_ND.clone(),
