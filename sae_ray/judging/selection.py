@@ -13,7 +13,7 @@ from sae_ray.evidence.types import Contexts, LatentEvidence, side_of
 from sae_ray.judge.explainers.base import Explanation
 from sae_ray.judge.scorers.base import Verdicts
 from sae_ray.judge.scores import soft_f1
-from sae_ray.reward.composition import choose_explanation
+from sae_ray.reward.specificity import most_specific
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,8 @@ def _choice(
             }
             for example, value, each in zip(examples, values, told, strict=True)
         ]  # fmt: skip
-    winner = choose_explanation(probabilities, active, weight, [len(each.text.split()) for each in offered])
+    kind = np.array([example.stratum for example in examples])
+    winner = most_specific(probabilities, [len(each.text.split()) for each in offered], active, weight, kind)
     scores = []
     for told_N in probabilities:
         known = np.isfinite(told_N)

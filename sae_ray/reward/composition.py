@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sae_ray.judge.scores import soft_f1
-
 
 @dataclass(frozen=True)
 class LatentReward:
@@ -34,21 +32,6 @@ class LatentReward:
         """
         trusted = min(self.auroc - 0.5, self.interpretability) - self.standard_error
         return float(np.clip(trusted / 0.5, 0.0, 1.0))
-
-
-def choose_explanation(
-    probabilities: list[np.ndarray], active: np.ndarray, weight: np.ndarray, words: list[int]
-) -> int:
-    """Index of the candidate with the best F1 at the natural prior; among near-equals the shorter one wins.
-
-    A probability of NaN is a missing verdict and leaves its text out for that candidate.
-    """
-    keys = []
-    for index, probability in enumerate(probabilities):
-        known = np.isfinite(probability)
-        score = soft_f1(probability[known], active[known], weight[known]) if known.any() else -1.0
-        keys.append((-round(score, 2), words[index], index))
-    return min(keys)[2]
 
 
 def age_weight(age_steps: float, half_life_steps: float) -> float:

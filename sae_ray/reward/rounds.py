@@ -15,8 +15,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from sae_ray.judge.scores import auroc, shuffled_explanations
-from sae_ray.reward.composition import LatentReward, choose_explanation
+from sae_ray.reward.composition import LatentReward
 from sae_ray.reward.evidence import POSITIVE, LatentPlan, PlannedVerdict
+from sae_ray.reward.specificity import most_specific
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ async def compete(
     judge: Judge,
     make_row: Callable[..., dict[str, Any]],
 ) -> tuple[list[Choice], list[dict[str, Any]]]:
-    """Explains every plan's latent and keeps the candidate with the best F1 at the natural prior.
+    """Explains every plan's latent and keeps the most specific candidate that holds its recall (`specificity`).
 
     Args:
         previous: the explanation that a latent already has; it competes too.
@@ -101,8 +102,9 @@ async def compete(
         ]
         active = np.array([verdict.kind == POSITIVE for verdict, _ in judged[0]])
         weight = np.array([verdict.weight for verdict, _ in judged[0]])
+        kind = np.array([verdict.kind for verdict, _ in judged[0]])
         words = [len(candidate.text.split()) for candidate in candidates]
-        winner = choose_explanation(probabilities, active, weight, words) if len(active) else 0
+        winner = most_specific(probabilities, words, active, weight, kind)
         choices.append(Choice(plan, candidates[winner]))
         for index, (candidate, verdicts) in enumerate(zip(candidates, judged, strict=True)):
             for verdict, value in verdicts:

@@ -118,6 +118,19 @@ def choose_specific(candidates: Sequence[Judged], texts: JudgedTexts, z: float =
     return Chosen(winner, tuple(fits), best_index, trivial)
 
 
+def most_specific(
+    probabilities: Sequence[np.ndarray],
+    lengths: Sequence[float],
+    active: np.ndarray,
+    weight: np.ndarray,
+    kind: np.ndarray,
+) -> int:
+    """Index of `choose_specific`'s winner; the first candidate where nothing can be compared."""
+    candidates = [Judged(each, length) for each, length in zip(probabilities, lengths, strict=True)]
+    chosen = choose_specific(candidates, JudgedTexts(active, weight, kind)) if len(active) else None
+    return 0 if chosen is None else chosen.index
+
+
 def _fit(probability: np.ndarray, texts: JudgedTexts, trivial: float) -> Fit | None:
     """None: a stratum has no verdict."""
     if len(probability) != len(texts.active):

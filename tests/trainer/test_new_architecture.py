@@ -97,7 +97,7 @@ def test_its_gradient_is_that_of_autograd():
     trainer = run(Mesh.alone())
     x_BD = trainer.scaled(batches(1)[0])
     context = trainer._context(len(x_BD))
-    grads, *_ = trainer._loss_and_gradients(x_BD, x_BD, context)
+    grads, *_ = trainer._loss_and_gradients(x_BD, x_BD, context, None)
     W_enc, W_dec, gain = (t.clone().requires_grad_() for t in (trainer.W_enc_mD, trainer.W_dec_mD, trainer.own["gain"]))
     pre = (x_BD - trainer.b_dec_D) @ W_enc.T + trainer.b_enc_m
     keep = torch.zeros_like(pre).scatter_(1, pre.topk(3).indices, 1.0)
