@@ -46,7 +46,8 @@ def buffers_of(tensors: dict[str, Tensor], metadata: dict[str, str] | None = Non
         place = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    flat = [tensors[name].reshape(-1).view(torch.uint8).numpy() for name in names]
+    # A dimension of size 1 may have any stride (0 after `expand`), which `view` of another width refuses.
+    flat = [tensors[name].as_strided((tensors[name].numel(),), (1,)).view(torch.uint8).numpy() for name in names]
     return [memoryview(len(text).to_bytes(8, "little") + text), *(part.data for part in flat)]
 
 

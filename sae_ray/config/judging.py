@@ -115,8 +115,10 @@ class RLAIFConfig(Section):
     slope: Annotated[float, Field(gt=0)] = Field(
         10, description="logit slope of the gate, in units of a latent's threshold"
     )
-    shrink: Fraction = Field(
-        0.5, description="teacher direction: 1 keeps the SAE's own, 0 the whitened mean difference"
+    shrink: Fraction | None = Field(
+        None,
+        description="teacher direction: 1 keeps the SAE's own, 0 the whitened mean difference; null: chosen for each "
+        "latent by verdicts that did not shape it",
     )
     max_turn: Annotated[float, Field(gt=0)] = Field(
         1.5708, description="radians that a latent's direction may turn in a round if its evidence were unlimited"

@@ -74,7 +74,7 @@ class Cell:
     lr: float = 1e-3
     gamma: float = 0.3
     slope: float = 10.0
-    shrink: float = 0.5
+    shrink: float | None = None
     half_life_steps: float = 1e6  # no ageing unless a cell asks for it
     pool: int = 30_000
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from sae_ray.config import RunConfig, SAEConfig, TrainerConfig
 from sae_ray.errors import UserError
 from sae_ray.sae.inference import TrainedSAE
+from sae_ray.tensor_file import buffers_of
 from sae_ray.trainer import checkpoint
 from sae_ray.trainer.collectives import Collectives
 from sae_ray.trainer.mesh import Mesh
@@ -260,3 +261,10 @@ def test_tensors_of_every_kind_are_read_back_by_the_safetensors_library(tmp_path
     for name, tensor in state.items():
         assert tensors[name].dtype == tensor.dtype
         assert torch.equal(tensors[name], tensor), name
+
+
+def test_a_tensor_of_one_element_is_written_whatever_its_stride(tmp_path):
+    one = torch.tensor(3.5).expand(1)  # stride 0, contiguous all the same
+    data = b"".join(bytes(part) for part in buffers_of({"one": one}))
+    (tmp_path / "file.safetensors").write_bytes(data)
+    assert load_file(tmp_path / "file.safetensors")["one"].tolist() == [3.5]

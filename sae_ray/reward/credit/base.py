@@ -130,7 +130,7 @@ class LatentState:
 class CreditSettings:
     gamma: float
     slope: float
-    shrink: float
+    shrink: float | None  # share of the own direction in a teacher's; None: chosen for each latent by its verdicts
     half_life_steps: float
     max_turn: float = math.pi / 2  # radians that a latent's direction may turn in a round, with unlimited evidence
     bonus: float = 0.1  # of `selection_bonus`: thresholds that an advantage of 1 is worth

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
 from sae_ray.reward.credit.base import RewardBatch
 from sae_ray.reward.credit.gates import platt
 from sae_ray.reward.credit.rows import padded, rows_of
+
+HALF_F1 = 0.4
 
 
 def marked_share(batch: RewardBatch) -> np.ndarray:
@@ -46,3 +50,29 @@ def implied_cuts(best_CN: torch.Tensor, batch: RewardBatch, factor_N: np.ndarray
     own_N, most_N = (torch.tensor(values).to(best_CN) for values in (marked_share(batch), factor_N))
     share_N = torch.minimum(torch.maximum(implied_N, own_N / most_N), own_N * most_N)
     return cut_at(finite_CN, share_N * len(finite_CN))
+
+
+def f1_cuts(best_CN: torch.Tensor, batch: RewardBatch, factor: float) -> torch.Tensor:
+    """[N]: cuts of new scores at which F1 against the concept is largest: where its probability falls to half of it.
+
+    F1 is largest when everything is marked whose probability of presence is above half of the F1 that this gives
+    (Lipton, Elkan and Naryanaswamy 2014); good detectors have F1 about .8, hence HALF_F1. The probability is a Platt
+    map through the judge's error rates. Its rows count by the root of their propensities: at the full ones the few
+    random rows decide, and with 10% flipped verdicts they say that a rare concept is common. The share that is marked
+    is at most a factor of `factor` away from what the latent itself marked.
+
+    Args:
+        best_CN: each context's largest score; -inf where no token is kept.
+    """
+    latent_V = torch.tensor(np.searchsorted(batch.latents, batch.row_latent), device=best_CN.device)
+    score_V = best_CN[torch.tensor(batch.row_context, device=best_CN.device), latent_V]
+    weight_V = torch.tensor(batch.row_weight).to(best_CN).sqrt()
+    score_NV, verdict_NV, weight_NV = padded(
+        [score_V, torch.tensor(batch.row_verdict).to(best_CN), weight_V], rows_of(batch)
+    )
+    rates = (batch.false_positive_rate, batch.false_negative_rate)
+    slope_N, offset_N = platt(score_NV, verdict_NV, weight_NV, rates)
+    finite_CN = best_CN[torch.isfinite(best_CN).all(1)]
+    above_N = (finite_CN > (math.log(HALF_F1 / (1 - HALF_F1)) - offset_N) / slope_N).sum(0)
+    own_N = torch.tensor(marked_share(batch)).to(best_CN) * len(finite_CN)
+    return cut_at(finite_CN, torch.minimum(torch.maximum(above_N.to(best_CN), own_N / factor), own_N * factor))

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from sae_ray.reward.credit.base import CreditEstimator, CreditSettings, LatentState, RewardBatch, on_device
-from sae_ray.reward.credit.cuts import implied_cuts
+from sae_ray.reward.credit.cuts import f1_cuts
 from sae_ray.reward.credit.gates import gate_logit
+from sae_ray.reward.credit.mixing import Directions
 from sae_ray.reward.credit.trust import common_state, freshness
-from sae_ray.reward.credit.whitening import judged_means, unit, whitener
+from sae_ray.reward.credit.whitening import unit, whitener
 from sae_ray.reward.evidence import ContextLayout, max_per_context
 
 if TYPE_CHECKING:
     from sae_ray.trainer.sharded_sae import CreditParams
 
 # By how much a teacher may change the share of contexts that a latent marks, in one round.
-MAX_RATE_CHANGE = 1.25
+MAX_RATE_CHANGE = 2.0
 
 
 class TeacherGate(CreditEstimator):
@@ -27,12 +27,12 @@ class TeacherGate(CreditEstimator):
 
     Per judged latent j, with S the covariance of unlabelled activations and v the noise-corrected verdicts
     on active contexts, the whitened mean difference `d_j = S^-1 (sum v x / sum v - mean)` is shrunk toward
-    the encoder's own direction, both at unit S-norm: `t_j = shrink * w_j + (1 - shrink) * d_j`. A Platt map
-    of the context's largest `t_j . (x - mean)`, fitted at the natural prior through the judge's error
-    rates, says in which share of contexts the concept is present; the teacher's threshold is set to mark that
-    share, but never further than a factor of MAX_RATE_CHANGE from what the latent itself marks: a few
-    dozen verdicts cannot tell a rare concept from an absent one, and a teacher that marks nothing would
-    silence its latent. Tokens above the threshold are pseudo-positives y, expected r_j per token, and the
+    the encoder's own direction, both at unit S-norm: `t_j = shrink * w_j + (1 - shrink) * d_j`, the shrinkage of each
+    latent chosen by held-out verdicts (`mixing`). A context is marked where a Platt map of its largest
+    `t_j . (x - mean)`, fitted through the judge's error rates, gives the concept a probability above .4, where F1 is
+    largest (`cuts.f1_cuts`), but the share of marked contexts stays within a factor of MAX_RATE_CHANGE of what the
+    latent itself marks: a few dozen verdicts cannot tell a rare concept from an absent one, and a teacher that marks
+    nothing would silence its latent. Tokens above the cut are pseudo-positives y, expected r_j per token, and the
     gate BCE pulls the encoder's gate toward them on the natural distribution, B the tokens of the global batch:
 
         loss = gamma * sum_j c_j * fresh_j * sum_B BCE(slope * (pre - thr) / thr, y) / max(1, r_j B)
@@ -50,16 +50,11 @@ class TeacherGate(CreditEstimator):
         layout = on_device(layout, latent.W_enc_ND.device)
         x_TD = x_TD.to(latent.W_enc_ND)
         mean_D, cov_DD, inverse_DD = whitener(x_TD)
-        directions_ND = []
-        for w_D, judged_D in zip(latent.W_enc_ND, judged_means(batch, x_TD), strict=True):
-            own_D = unit(w_D, cov_DD)
-            if judged_D is not None:
-                found_D = unit(inverse_DD @ (judged_D - mean_D), cov_DD)
-                own_D = unit(settings.shrink * own_D + (1 - settings.shrink) * found_D, cov_DD)
-            directions_ND.append(own_D)
-        teacher_ND = torch.stack(directions_ND)
+        own_ND = torch.stack([unit(w_D, cov_DD) for w_D in latent.W_enc_ND])
+        directions = Directions(own_ND, x_TD, layout, mean_D, cov_DD, inverse_DD)
+        teacher_ND = directions.best(batch) if settings.shrink is None else directions.mixed(batch, settings.shrink)
         score_TN = (x_TD - mean_D) @ teacher_ND.T
-        cut_N = implied_cuts(max_per_context(score_TN, layout), batch, np.full(len(batch.latents), MAX_RATE_CHANGE))
+        cut_N = f1_cuts(max_per_context(score_TN, layout), batch, MAX_RATE_CHANGE)
         return cls(
             settings,
             common_state(settings, batch, latent)

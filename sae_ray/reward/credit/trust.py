@@ -47,7 +47,7 @@ def common_state(settings: CreditSettings, batch: RewardBatch, latent: LatentSta
     device, dtype = latent.W_enc_ND.device, latent.W_enc_ND.dtype
     unit: State = {}
     if latent.threshold is not None:
-        unit["unit_N"] = latent.threshold.to(latent.W_enc_ND).expand(len(batch.latents)).clone()
+        unit["unit_N"] = latent.threshold.to(latent.W_enc_ND) * torch.ones_like(latent.b_enc_N)
     return unit | {
         "latents": torch.tensor(batch.latents, device=device),
         "credit_N": torch.tensor(batch.credit_weight, dtype=dtype, device=device),
