@@ -72,7 +72,7 @@ class Cell:
     rounds: int = 2
     steps: int = 1600
     lr: float = 1e-3
-    gamma: float = 0.3
+    gamma: float = 0.1
     slope: float = 10.0
     shrink: float | None = None
     half_life_steps: float = 1e6  # no ageing unless a cell asks for it

@@ -25,7 +25,7 @@ import numpy as np
 from sae_ray.errors import UserError
 
 # description: minus the excess length of the explanation; atomicity, splitting: minus the penalties of
-# `reward.simplicity`; causality: judged steering; logit_effect: the judge-free one.
+# `reward.description`, `atomicity` and `overlap`; causality: judged steering; logit_effect: the judge-free one.
 PARTS = ("interpretability", "description", "atomicity", "splitting", "causality", "logit_effect")
 _SMALLEST_SCALE = 1e-6
 

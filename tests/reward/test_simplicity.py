@@ -6,17 +6,9 @@ import pytest
 import torch
 
 from sae_ray.errors import UserError
-from sae_ray.reward.simplicity import (
-    MetaDictionary,
-    atom_users,
-    compositions,
-    description_length,
-    fit_atoms,
-    nearest_rows,
-    overlap_penalties,
-    shared_explanations,
-    with_cofiring,
-)
+from sae_ray.reward.atomicity import MetaDictionary, atom_users, compositions, fit_atoms
+from sae_ray.reward.description import description_length
+from sae_ray.reward.overlap import nearest_rows, overlap_penalties, shared_explanations, with_cofiring
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -118,7 +110,7 @@ def test_shards_and_blocks_give_what_the_whole_decoder_gives(monkeypatch):
     meta = fit_atoms(rows, n_atoms=12, k=3)
     whole = compositions(rows, meta)
     assert torch.equal(sum(atom_users(part, meta.atoms_KD, 3) for part in rows.split(37)), meta.users_K)
-    monkeypatch.setattr("sae_ray.reward.simplicity._BLOCK_ELEMENTS", 1000)
+    monkeypatch.setattr("sae_ray.reward.atomicity._BLOCK_ELEMENTS", 1000)
     parts = [compositions(part, meta) for part in rows.split(37)]
     torch.testing.assert_close(torch.cat([part.composed for part in parts]), whole.composed, atol=1e-5, rtol=0)
     assert parts[0].null == pytest.approx(whole.null, abs=1e-5)

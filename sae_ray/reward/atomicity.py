@@ -1,12 +1,6 @@
-"""Simplicity: is what a latent stands for short to say, one thing, and its own?
+"""Simplicity, second part: is what a latent stands for one thing?
 
-Three parts, each a penalty of 0 or more; a reward is a penalty's negative.
-
-Description length (`description_length`). Bits of an explanation under the judge's prior reading, -log2 p(explanation
-| no text), against the shortest candidate that is as good: whose score is within one standard error of the chosen
-one's. So length is only compared at equal score, and an empty phrase gains nothing.
-
-Atomicity (`fit_atoms`, `compositions`). A meta-SAE: a small dictionary A of K << M unit atoms, in which every unit
+A meta-SAE: a small dictionary A of K << M unit atoms, in which every unit
 decoder row u is coded with at most k atoms (orthogonal matching pursuit, positively chosen). An atom is *shared* if
 it also codes `shared_by` other rows. With S the shared atoms of u's code, P_S the projection on their span,
 
@@ -19,73 +13,22 @@ Reference: Bussmann, Pearce, Leask, Bloom, Sharkey & Nanda, "Showing SAE latents
 (2024). Coding: Rubinstein, Zibulevsky & Elad, "Efficient implementation of the K-SVD algorithm" (2008), Batch-OMP;
 dictionary update: Engan, Aase & Husoy, "Method of optimal directions" (1999).
 
-Splitting and duplicates (`nearest_rows`, `overlap_penalties`). With close = clip((cosine - limit) / (1 - limit), 0, 1)
-of two decoder rows and J the Jaccard index of their active contexts,
+Given the atoms, a shard needs its own rows alone.
 
-    duplicate = max over neighbours of close * J           two latents say one thing at the same time
-    split     = max over neighbours of close * (1 - J)     two latents share one thing out between them
-
-The first two come from a shard's own rows alone, given the atoms; neighbours come from all shards, block by block.
-
-Suffixes: M latents (m: of this shard), D width, K atoms, k atoms per code, n neighbours per latent.
+Suffixes: M latents (m: of this shard), D width, K atoms, k atoms per code.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from sae_ray.errors import UserError
-from sae_ray.reward.specificity import normalised
 
 _BLOCK_ELEMENTS = 1 << 23  # of a [block, K] or [block, M] float32: 32 MB
 _RIDGE = 1e-4
-
-
-@dataclass(frozen=True)
-class Description:
-    """length: of the chosen explanation; shortest: of the shortest that is as good (at `index`); excess: what the
-    chosen one could do without. unit: bits, or words where a candidate has no prior reading."""
-
-    length: float
-    shortest: float
-    excess: float
-    index: int
-    unit: str
-
-
-def description_length(
-    texts: Sequence[str],
-    scores: Sequence[float],
-    errors: Sequence[float],
-    chosen: int,
-    prior_nats: Sequence[float | None] | None = None,
-) -> Description | None:
-    """Of the chosen candidate at equal score; None if its score is missing (NaN).
-
-    Args:
-        scores, errors: of every candidate with their standard errors, any measure; NaN is missing and competes not.
-        prior_nats: log p of every explanation as the judge reads it without a text; None: no reading.
-    """
-    if not math.isfinite(scores[chosen]):
-        return None
-    prior = [None] * len(texts) if prior_nats is None else prior_nats
-    read = all(value is not None and math.isfinite(value) for value in prior)
-    lengths = [
-        -value / math.log(2) if read and value is not None else float(len(text.split()))
-        for text, value in zip(texts, prior, strict=True)
-    ]
-    error = errors[chosen] if math.isfinite(errors[chosen]) else 0.0
-    as_good = [i for i, score in enumerate(scores) if i == chosen or score >= scores[chosen] - error]
-    index = min(as_good, key=lambda i: (lengths[i], i != chosen, i))
-    return Description(
-        lengths[chosen], lengths[index], lengths[chosen] - lengths[index], index, "bits" if read else "words"
-    )
 
 
 @dataclass(frozen=True)
@@ -133,7 +76,7 @@ def fit_atoms(
         UserError: more atoms than rows, or fewer atoms than k.
     """
     began = time.process_time()
-    rows_MD, zero_M = _unit(W_dec_MD)
+    rows_MD, zero_M = unit_rows(W_dec_MD)
     rows_MD = rows_MD[~zero_M]
     n_rows = len(rows_MD)
     n_atoms = min(4096, max(2, k, n_rows // 20)) if n_atoms is None else n_atoms
@@ -159,7 +102,7 @@ def fit_atoms(
 @torch.no_grad()
 def atom_users(W_dec_mD: torch.Tensor, atoms_KD: torch.Tensor, k: int) -> torch.Tensor:
     """How many of these rows each atom codes, int64 [K]. Counts of shards add up."""
-    unit_mD, zero_m = _unit(W_dec_mD)
+    unit_mD, zero_m = unit_rows(W_dec_mD)
     atom_mk = _code(unit_mD[~zero_m], atoms_KD, k)[0]
     return torch.bincount(atom_mk[atom_mk >= 0], minlength=len(atoms_KD))
 
@@ -173,12 +116,12 @@ def compositions(W_dec_mD: torch.Tensor, meta: MetaDictionary, shared_by: int = 
         shared_by: other rows that an atom must code to count as shared.
     """
     began = time.process_time()
-    unit_mD, zero_m = _unit(W_dec_mD)
+    unit_mD, zero_m = unit_rows(W_dec_mD)
     composed, explained, single, atom_mk = _composed(unit_mD, meta, meta.users_K - 1, shared_by)
     for value in (composed, explained, single):
         value[zero_m] = torch.nan
     generator = torch.Generator().manual_seed(seed)
-    random_nD, _ = _unit(torch.randn(256, unit_mD.shape[1], generator=generator).to(unit_mD.device))
+    random_nD, _ = unit_rows(torch.randn(256, unit_mD.shape[1], generator=generator).to(unit_mD.device))
     null = float(_composed(random_nD, meta, meta.users_K, shared_by)[0].mean())
     return Compositions(composed, explained, single, atom_mk, null, time.process_time() - began)
 
@@ -279,7 +222,7 @@ def _updated(
         bare_n = left_nD.norm(dim=1) < 1e-3
         left_nD[bare_n] = unit_MD[worst[bare_n]]
         solved_KD[lost_K] = left_nD
-    return _unit(solved_KD)[0]
+    return unit_rows(solved_KD)[0]
 
 
 def _spread_rows(unit_MD: torch.Tensor, n: int, generator: torch.Generator) -> torch.Tensor:
@@ -300,104 +243,7 @@ def _spread_rows(unit_MD: torch.Tensor, n: int, generator: torch.Generator) -> t
     return pool_PD[chosen].clone()
 
 
-@dataclass(frozen=True)
-class Neighbours:
-    """Of each latent of a shard the closest others by decoder cosine: ids int64 and cosine float32 [m, n], closest
-    first; id -1 and cosine -inf where there are fewer. jaccard_mn: of active contexts, NaN where unknown."""
-
-    id_mn: np.ndarray
-    cosine_mn: np.ndarray
-    jaccard_mn: np.ndarray
-    cpu_s: float
-
-
-@torch.no_grad()
-def nearest_rows(
-    W_dec_mD: torch.Tensor, first_latent: int, shards: Iterable[tuple[int, torch.Tensor]], n: int = 4
-) -> Neighbours:
-    """The n nearest of all latents to each one of this shard, holding 64 MB of cosines at a time.
-
-    Args:
-        shards: (first latent, rows [*, D]) of every shard, this one among them; one after the other is enough.
-    """
-    began = time.process_time()
-    unit_mD, _ = _unit(W_dec_mD)
-    device = unit_mD.device
-    best_mn = torch.full((len(unit_mD), n), -torch.inf, device=device)
-    id_mn = torch.full((len(unit_mD), n), -1, dtype=torch.int64, device=device)
-    own = torch.arange(first_latent, first_latent + len(unit_mD), device=device)
-    for first_other, other_mD in shards:
-        other_mD = _unit(other_mD.to(device))[0]
-        for row in range(0, len(unit_mD), 2048):
-            rows = slice(row, row + 2048)
-            for start in range(0, len(other_mD), 4096):
-                cosine_bc = unit_mD[rows] @ other_mD[start : start + 4096].T
-                ids_c = torch.arange(cosine_bc.shape[1], device=device) + first_other + start
-                cosine_bc.masked_fill_(own[rows, None] == ids_c, -torch.inf)
-                near = cosine_bc.topk(min(n, cosine_bc.shape[1]), dim=1)
-                both = torch.cat([best_mn[rows], near.values], dim=1)
-                ids = torch.cat([id_mn[rows], ids_c[near.indices]], dim=1)
-                best_mn[rows], place = both.topk(n, dim=1)
-                id_mn[rows] = ids.gather(1, place)
-    id_mn = torch.where(torch.isfinite(best_mn), id_mn, -1)
-    unknown_mn = np.full(tuple(id_mn.shape), np.nan)
-    cosine_mn = best_mn.clamp(max=1).cpu().numpy()
-    return Neighbours(id_mn.cpu().numpy(), cosine_mn, unknown_mn, time.process_time() - began)
-
-
-def with_cofiring(
-    near: Neighbours, first_latent: int, context_P: np.ndarray, latent_P: np.ndarray, n_latents: int
-) -> Neighbours:
-    """The neighbours with the Jaccard index of their active contexts, from all firings: pairs of a context and a
-    latent of the whole SAE, in any order, repeated or not. A pair of which neither fires is unknown."""
-    began = time.process_time()
-    code_P = np.unique(context_P.astype(np.int64) * n_latents + latent_P.astype(np.int64))
-    latent_P, context_P = code_P % n_latents, code_P // n_latents
-    count_M = np.bincount(latent_P, minlength=n_latents)
-    m, n = near.id_mn.shape
-    own_P = (latent_P >= first_latent) & (latent_P < first_latent + m)
-    row_P, context_P = latent_P[own_P] - first_latent, context_P[own_P]
-    jaccard_mn = np.full((m, n), np.nan)
-    for slot in range(n):
-        other_m = near.id_mn[:, slot]
-        wanted_P = context_P * n_latents + other_m[row_P]
-        place_P = np.searchsorted(code_P, wanted_P).clip(max=max(0, len(code_P) - 1))
-        hit_P = (other_m[row_P] >= 0) & (code_P[place_P] == wanted_P)
-        both_m = np.bincount(row_P[hit_P], minlength=m)
-        either_m = count_M[first_latent : first_latent + m] + count_M[other_m.clip(min=0)] - both_m
-        known_m = (other_m >= 0) & (either_m > 0)
-        jaccard_mn[known_m, slot] = both_m[known_m] / either_m[known_m]
-    return replace(near, jaccard_mn=jaccard_mn, cpu_s=near.cpu_s + time.process_time() - began)
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """Penalties float64 [m], 0 to 1, as defined above. near: close to the nearest, whatever their firing. duplicate and
-    split are NaN where a close neighbour's co-firing is unknown."""
-
-    near: np.ndarray
-    duplicate: np.ndarray
-    split: np.ndarray
-
-
-def overlap_penalties(near: Neighbours, cosine_limit: float = 0.6) -> Overlap:
-    close_mn = np.clip((near.cosine_mn.astype(np.float64) - cosine_limit) / (1 - cosine_limit), 0, 1)
-    close_mn[near.id_mn < 0] = 0
-    # A neighbour that is not close costs nothing, whether it fires along or not.
-    jaccard_mn = np.where(close_mn > 0, near.jaccard_mn, 0)
-    return Overlap(close_mn.max(axis=1), (close_mn * jaccard_mn).max(axis=1), (close_mn * (1 - jaccard_mn)).max(axis=1))
-
-
-def shared_explanations(explanations: dict[int, str]) -> dict[int, float]:
-    """Penalty 1 - 1/n of a latent whose explanation n latents have (as `specificity.normalised`)."""
-    same = {latent: normalised(text) for latent, text in explanations.items()}
-    counts: dict[str, int] = {}
-    for text in same.values():
-        counts[text] = counts.get(text, 0) + 1
-    return {latent: 1 - 1 / counts[text] for latent, text in same.items()}
-
-
-def _unit(rows_MD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def unit_rows(rows_MD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(rows of unit length, float32; which of them are zero and stay so)."""
     norm_M = rows_MD.float().norm(dim=1)
     return rows_MD.float() / norm_M.clamp(min=1e-12)[:, None], norm_M <= 1e-12
