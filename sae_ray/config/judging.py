@@ -79,7 +79,8 @@ class JudgeConfig(Section):
     start_timeout_s: Seconds = 300
     deadline_s: Seconds = Field(120, description="a request that has no answer by then, retries included, is missing")
     stall_timeout_s: Seconds = Field(
-        300, description="a replica whose engine has work and finishes nothing for this long is replaced"
+        300,
+        description="a replica whose engine has work and finishes nothing for this long is replaced, some 30 s later",
     )
     max_attempts: Positive = 5
     max_in_flight: Positive = Field(8, description="calls one caller keeps open")

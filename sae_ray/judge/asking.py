@@ -90,11 +90,13 @@ class Judge(ABC):
         self._metrics = PoolMetrics(*labels) if labels is not None and ray.is_initialized() else None
 
     def statistics(self) -> dict[str, float]:
-        """The counters, and `busy_share` of the replicas' engines (NaN where no replica told it)."""
-        share = self.busy.value
+        """The counters, and of the replicas' engines the share of time in which they had requests (`busy_share`) and
+        executed batches (`step_share`); NaN where no replica told it."""
+        had, executed = self.busy.value, self.busy.stepping
         return {
             **asdict(self.counters),
-            "busy_share": math.nan if share is None else share,
+            "busy_share": math.nan if had is None else had,
+            "step_share": math.nan if executed is None else executed,
             "prompt_version": float(PROMPT_VERSION),
         }
 

@@ -36,7 +36,10 @@ def write_summary(config: RunConfig) -> dict[str, Any]:
         "scores": results.summarise(rows),
         "latents": latents,
         "cost": cost,
-        "busy_share": max((each["busy_share"] for each in sessions if "busy_share" in each), default=None),
+        **{
+            share: max((each[share] for each in sessions if share in each), default=None)
+            for share in ("busy_share", "step_share")
+        },
         "per_latent": {name: round(value / latents, 2) for name, value in cost.items()} if latents else {},
     }
     storage.write("summary.json", json.dumps(summary, indent=1).encode())
@@ -62,7 +65,8 @@ def print_summary(config: RunConfig, summary: dict[str, Any], console: Console) 
             f"per latent: {each['seconds']:.1f} s, {computed:,.0f} prompt tokens computed, "
             f"{each['cached_tokens']:,.0f} cached, {each['output_tokens']:,.0f} written; "
             f"{summary['cost']['parse_failures']:.0f} explanations did not parse"
-            + (f"; the judge had work {summary['busy_share']:.0%} of the time" if summary["busy_share"] else ""),
+            + (f"; the judge had work {summary['busy_share']:.0%} of the time" if summary["busy_share"] else "")
+            + (f" and computed {summary['step_share']:.0%}" if summary["step_share"] else ""),
             soft_wrap=True,
         )
     console.print(
