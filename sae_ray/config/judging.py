@@ -80,7 +80,7 @@ class JudgeConfig(Section):
     deadline_s: Seconds = Field(120, description="a request that has no answer by then, retries included, is missing")
     stall_timeout_s: Seconds = Field(
         300,
-        description="a replica whose engine has work and finishes nothing for this long is replaced, some 30 s later",
+        description="a replica whose engine has work and finishes nothing for so long is replaced some 30 s later",
     )
     max_attempts: Positive = 5
     max_in_flight: Positive = Field(8, description="calls one caller keeps open")
