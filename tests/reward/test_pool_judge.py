@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 
 from sae_ray.config import RunConfig
 from sae_ray.errors import UserError
 from sae_ray.evaluation.evaluator import together
 from sae_ray.evaluation.run import heldout_app
 from sae_ray.judge.calibrated import name_of, said_of, stands
+from sae_ray.judge.deploy import JudgeApp
 from sae_ray.judge.metrics import added
 from sae_ray.judge.pool import JudgePool, endpoint_keys
 from sae_ray.judge.prompts import PROMPT_VERSION, explanation_continuation
@@ -163,7 +163,9 @@ async def closed(judge: PoolJudge) -> None:
     await judge.writer.aclose()
 
 
-def test_a_server_elsewhere_is_calibrated_and_asked_and_nothing_is_deployed(servers, make_config):
+def test_a_server_elsewhere_is_calibrated_and_asked_and_nothing_is_deployed(servers, make_config, monkeypatch):
+    for asked in ("start", "handle"):
+        monkeypatch.setattr(JudgeApp, asked, lambda *_, **__: pytest.fail("an application was asked for"))
     server = servers()
     config = make_config(judge={"endpoint": server.url})
     pairs = [("the train left the station", "train, station"), ("the train left the station", "butter, oven")]
@@ -192,7 +194,6 @@ def test_a_server_elsewhere_is_calibrated_and_asked_and_nothing_is_deployed(serv
     assert "judge small on planted items: likelihood AUROC" in report["summary"]
     assert usage["failed"] == 0
     assert usage["done"] > len(pairs)
-    assert not ray.is_initialized()
 
 
 def test_a_calibration_on_file_is_used_until_the_server_serves_another_model(servers, make_config):
