@@ -11,16 +11,17 @@ together:
     {"features": 64, "seconds": 60.0, "prompt_tokens": 1, "cached_tokens": 1, "output_tokens": 1, "stderr": 0.05}
 
 `seconds` are of explaining and scoring, without starting the engine and without the pass over the corpus, for both;
-`stderr` is the median over features of one score's standard error. Optional: "calls", and "cpu_seconds" of all the
-processes that explain and score, which still mean something on a machine that others use too.
+`stderr` is the median over features of one score's standard error. Optional: "calls"; "cpu_seconds" of all the
+processes that explain and score, which still mean something on a machine that others use too; and "verdicts", per
+feature how many of either class were right, wrong or lost (positive_right, negative_failed...).
 
 Delphi runs its own pipeline with its defaults (delphi_replay.py says what stands in for what). At an equal standard
-error s its cost is: explaining once, and scoring (own error / s)^2 times, since a score's variance goes with 1/n. Its
-error is that of the balanced accuracy (which is the AUROC of a yes/no answer) over the verdicts that it could parse,
-with Jeffreys' half added to each count, so that 5 of 5 is not an error of 0. The row "all parsed" is kinder to it: the
-error it would have had at the same accuracy with no answer lost. The row "coin flips" counts only how many verdicts it
-could parse: a judge that always says yes has a balanced accuracy of .5 and an error near 0, and would win any
-comparison by its own error.
+error s its cost is: explaining once, and scoring (own error / s)^2 times, since a score's variance goes with 1/n. The
+error is that of the balanced accuracy (which is the AUROC of a yes/no answer) over the verdicts that could be parsed,
+with Jeffreys' half added to each count, so that 5 of 5 is not an error of 0. The row "all parsed" is kinder to delphi:
+the error it would have had at the same accuracy with no answer lost. The row "coin flips" counts only how many verdicts
+there were: a judge that always says yes has a balanced accuracy of .5 and an error near 0, and would win any comparison
+by its own error. Given our "verdicts", our error is of the same kind in each row; without, `stderr` stands for all.
 
 SmolLM2 was seen to run on to delphi's limit of 500 tokens an answer; `--answer-tokens 24` cuts its verdicts off after
 what a list of five needs, as a judge that stops would. That is kinder in time; it may lose lists that come late.
@@ -36,12 +37,12 @@ import os
 import platform
 import re
 import shlex
-import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from judge_costs import Cost, balanced, costs, median, said_yes
 from peer_envs import default_dir, python_of
 from rich.console import Console
 from rich.table import Table
@@ -63,23 +64,6 @@ class Inputs(NamedTuple):
     corpus: Path
     documents: Path
     home: Path
-
-
-class Cost(NamedTuple):
-    """What one feature costs, and the standard error of its score that this buys (NaN: it has no score)."""
-
-    name: str
-    stderr: float
-    calls: float
-    prompt_tokens: float
-    uncached_tokens: float
-    output_tokens: float
-    seconds: float
-    cpu_seconds: float
-
-    @property
-    def per_minute(self) -> float:
-        return 60 / self.seconds
 
 
 def prepare(sae_folder: Path, judge: str, tokens: int) -> Inputs:
@@ -225,82 +209,6 @@ def run_ours(ours: str, inputs: Inputs, latents: list[int], judge: str) -> dict[
     if missing := [name for name in COUNTED if name not in found]:
         raise UserError(f"{file}: lacks {', '.join(missing)}")
     return found
-
-
-def balanced(counts: dict[str, int], all_parsed: bool = False) -> tuple[float, float]:
-    """(balanced accuracy, its standard error) of one latent's verdicts; NaN without a verdict of each class.
-
-    all_parsed: the error at the same accuracy over every verdict asked for, lost ones included.
-    """
-    rates, variances = [], []
-    for side in ("positive", "negative"):
-        right, wrong = counts.get(f"{side}_right", 0), counts.get(f"{side}_wrong", 0)
-        parsed = right + wrong
-        rate = (right + 0.5) / (parsed + 1)
-        n = parsed + counts.get(f"{side}_failed", 0) if all_parsed else parsed
-        rates.append(right / parsed if parsed else math.nan)
-        variances.append(rate * (1 - rate) / n if n else math.nan)
-    return sum(rates) / 2, math.sqrt(sum(variances)) / 2
-
-
-def coin_error(counts: dict[str, int]) -> float:
-    """The standard error that the balanced accuracy of as many parsed verdicts has where each is a coin flip."""
-    parsed = [counts.get(f"{side}_right", 0) + counts.get(f"{side}_wrong", 0) for side in ("positive", "negative")]
-    return math.sqrt(sum(0.25 / n for n in parsed)) / 2 if all(parsed) else math.nan
-
-
-def said_yes(counts: dict[str, int]) -> float:
-    """The share of the parsed verdicts that are "yes"; NaN without any."""
-    parsed = sum(count for name, count in counts.items() if not name.endswith("failed"))
-    yes = counts.get("positive_right", 0) + counts.get("negative_wrong", 0)
-    return yes / parsed if parsed else math.nan
-
-
-def median(values: list[float]) -> float:
-    """Of those that exist; NaN where none does."""
-    there = [value for value in values if not math.isnan(value)]
-    return statistics.median(there) if there else math.nan
-
-
-def cost_of(name: str, counts: dict[str, Any], stderr: float) -> Cost:
-    n = counts["features"]
-    uncached = counts["prompt_tokens"] - counts["cached_tokens"]
-    totals = (counts.get("calls", math.nan), counts["prompt_tokens"], uncached, counts["output_tokens"])
-    cpu = counts.get("cpu_seconds", math.nan)
-    return Cost(name, stderr, *(total / n for total in (*totals, counts["seconds"], cpu)))
-
-
-def at_error(peer: dict[str, Any], name: str, own: float, wanted: float) -> Cost:
-    """The peer's cost per feature where its error is `wanted`: explained once, scored (own / wanted)^2 times."""
-    n: int = peer["features"]
-    times: float = (own / wanted) ** 2
-    explaining = peer["by_kind"].get("explainer", {})
-    share = peer["seconds_by_kind"].get("explainer", 0.0) / peer["engine_seconds"]
-
-    def scaled(key: str) -> float:
-        once: float = explaining.get(key, 0)
-        whole: float = peer[key]
-        return (once + times * (whole - once)) / n
-
-    prompt, cached = scaled("prompt_tokens"), scaled("cached_tokens")
-    longer = (share + (1 - share) * times) / n
-    seconds, cpu = peer["seconds"] * longer, peer["cpu_seconds"] * longer
-    return Cost(name, wanted, scaled("calls"), prompt, prompt - cached, scaled("output_tokens"), seconds, cpu)
-
-
-def costs(peer: dict[str, Any], ours: dict[str, Any] | None, scorer: str, wanted: float | None) -> list[Cost]:
-    """Ours, the peer as it ran, and the peer at our error (or at `wanted`), by three ways of counting its error."""
-    verdicts = list(peer["verdicts"][scorer].values())
-    own, kind = (median([balanced(each, every)[1] for each in verdicts]) for every in (False, True))
-    rows = [] if ours is None else [cost_of("sae-ray judge", ours, ours["stderr"])]
-    rows.append(cost_of(peer["peer"], peer, own))
-    wanted = wanted or (ours["stderr"] if ours else None)
-    if wanted is not None:
-        rows.append(at_error(peer, "delphi at that error", own, wanted))
-        rows.append(at_error(peer, "delphi at that error, all parsed", kind, wanted))
-        coin = median([coin_error(each) for each in verdicts])
-        rows.append(at_error(peer, "delphi at that error, coin flips", coin, wanted))
-    return rows
 
 
 def table(rows: list[Cost]) -> Table:

@@ -12,11 +12,15 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 
+from sae_ray.evidence.types import QUANTILE, TOP
 from sae_ray.judge.scorers.stopping import error_of
 from sae_ray.judge.scores import Estimate
+from sae_ray.judging import results
+from sae_ray.storage import LocalStorage
 
 
 def main() -> None:
@@ -48,6 +52,8 @@ def main() -> None:
         subprocess.run([*command, "--latents", args.latents, "--name", "ours", *sets], check=True)
         summary = json.loads((Path(runs) / "ours" / "summary.json").read_text())
         rows = pq.read_table(Path(runs) / "ours" / "scores.parquet").to_pylist()
+        calibration = json.loads((Path(runs) / "ours" / "calibration-scorer.json").read_text())["calibration"]
+        verdicts = results.read(LocalStorage(Path(runs) / "ours"), "verdicts")
     first = args.scorers.split(",")[0]
     errors = [
         error_of(Estimate(row["value"], row["stderr"], row["low"], row["high"], row["n"]), row["n"] // 2, row["n"] // 2)
@@ -56,8 +62,27 @@ def main() -> None:
     ]
     cost = summary["cost"]
     names = ("seconds", "prompt_tokens", "cached_tokens", "output_tokens", "calls")
-    found = {"features": len(errors), **{name: cost[name] for name in names}, "stderr": statistics.median(errors)}
+    threshold = calibration["modes"][calibration["mode"]]["threshold"]
+    found = {
+        "features": len(errors),
+        **{name: cost[name] for name in names},
+        "stderr": statistics.median(errors),
+        "verdicts": counts_of([row for row in verdicts if row["scorer"] == first], threshold),
+    }
     args.out.write_text(json.dumps(found, indent=1))
+
+
+def counts_of(rows: list[dict[str, Any]], threshold: float) -> dict[str, dict[str, int]]:
+    """Per latent, verdicts at the calibrated threshold that were right and wrong of either class, and lost ones."""
+    found: dict[str, dict[str, int]] = {}
+    for row in rows:
+        if row["purpose"] == "score":
+            positive, raw = row["stratum"] in (TOP, QUANTILE), row["raw"]
+            said = "failed" if raw is None else "right" if (raw > threshold) == positive else "wrong"
+            counts = found.setdefault(str(row["latent"]), {})
+            name = f"{'positive' if positive else 'negative'}_{said}"
+            counts[name] = counts.get(name, 0) + 1
+    return found
 
 
 if __name__ == "__main__":

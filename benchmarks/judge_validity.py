@@ -7,7 +7,8 @@ each kind fit threshold and Platt map, the other half are what is reported. "unn
 word of the label, on which a word matcher, whose row is the floor to beat, is at chance by construction. After that
 the calibration's anchors are asked again past every cache (drift), and each injection of `sae_ray.judge.injection` is
 put into planted contexts. "levelled" verdicts are relative to the explanation's mean over reference texts of the
-corpus (`sae_ray.judge.levels`).
+corpus (`sae_ray.judge.levels`). Last, what fuzzing rests on: the concept's words highlighted against as many others of
+the same text, named after it as our scorer does ("in focus") and marked in it as delphi does ("<<in line>>").
 """
 
 from __future__ import annotations
@@ -19,16 +20,18 @@ import json
 import math
 import os
 import platform
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
+import numpy as np
 import ray
 from rich.console import Console
 from rich.table import Table
@@ -42,8 +45,9 @@ from sae_ray.judge.deploy import JudgeApp
 from sae_ray.judge.drift import DriftCheck
 from sae_ray.judge.injection import MOST_EXTRA_FLIPS, MOST_SHIFT_SD, injection_report
 from sae_ray.judge.levels import Levelled
-from sae_ray.judge.planting import KINDS, PlantedItem, plant_items, words_of
-from sae_ray.judge.prompts import MODES, PROMPT_VERSION, Mode
+from sae_ray.judge.planting import KINDS, Concept, PlantedItem, find_concepts, plant_items, words_of
+from sae_ray.judge.prompts import MODES, PROMPT_VERSION, Mode, focused
+from sae_ray.judge.scores import auroc
 
 REFERENCES = 16
 REPO = Path(__file__).parents[1]
@@ -55,7 +59,8 @@ def main() -> None:
     cfg = JudgeConfig(model=args.judge, kv_cache_gb=1, start_timeout_s=900, deadline_s=900)
     tokenizer = load_tokenizer(ModelConfig())
     documents = list(itertools.islice(open_corpus(CorpusConfig()).documents(args.seed), args.documents))
-    items = plant_items(documents, args.concepts, args.texts, args.context_tokens, tokenizer, args.seed)
+    planting = (documents, args.concepts, args.texts, args.context_tokens, tokenizer, args.seed)
+    items, trials = plant_items(*planting), highlights(find_concepts(*planting), args.seed)
     cut = (
         tokenizer.encode(d, add_special_tokens=False)[: args.context_tokens] for d in documents[:: len(documents) // 64]
     )
@@ -73,7 +78,7 @@ def main() -> None:
         if not app.ready(cfg.start_timeout_s):
             raise SystemExit(f"the judge did not start within {cfg.start_timeout_s:g} s: {app.status()}")
         start_s = time.monotonic() - started
-        found = asyncio.run(examine(app, cfg, items, references, args.modes, args.per_injection))
+        found = asyncio.run(examine(app, cfg, items, trials, references, args.modes, args.per_injection))
     finally:
         app.shutdown()
         ray.shutdown()
@@ -84,7 +89,7 @@ def main() -> None:
         "word_matcher": word_matcher(items),
     }  # fmt: skip
     console = Console(width=150)
-    tables = [auroc_table(found), cost_table(found), injection_table(found)]
+    tables = [auroc_table(found), cost_table(found), injection_table(found), highlight_table(found)]
     for title, columns, rows in tables:
         table = Table(title=title)
         for column in columns:
@@ -117,11 +122,12 @@ async def examine(
     app: JudgeApp,
     cfg: JudgeConfig,
     items: Sequence[PlantedItem],
+    trials: Sequence[Highlighted],
     references: Sequence[str],
     modes: Sequence[Mode],
     per_injection: int,
 ) -> dict[str, Any]:
-    """Verdicts, costs, drift and injections of each mode; every number that the tables are made of."""
+    """Verdicts, costs, drift, injections and highlights of each mode; every number that the tables are made of."""
     found: dict[str, Any] = {"modes": {}, "verdicts": {}}
     pairs = [(item.text, item.explanation) for item in items]
     for mode in modes:
@@ -147,6 +153,7 @@ async def examine(
         )
         held_out = [item for item in items if item.held_out]
         injections = await injection_report(judge, mode, held_out, relative.threshold, per_injection)
+        highlighted = await highlight_report(client, mode, trials)
         print(f"{mode}: {drift.summary}", flush=True)
         found["verdicts"][mode] = {"as read": verdicts, "levelled": levelled}
         found["modes"][mode] = {
@@ -159,8 +166,59 @@ async def examine(
             },
             "drift": {**asdict(drift), "summary": drift.summary},
             "injections": {**asdict(injections), "holds": injections.holds},
+            "highlights": highlighted,
         }
     found["planted"] = [asdict(item) for item in items]
+    return found
+
+
+class Highlighted(NamedTuple):
+    """A text with words highlighted in both ways, and whether they are the concept's; `kind` as of planted items."""
+
+    in_focus: str
+    in_line: str
+    label: str
+    positive: bool
+    kind: str
+
+
+def highlights(concepts: Sequence[Concept], seed: int) -> list[Highlighted]:
+    """Each planted text twice: the concept's own words in it, at most four, and as many other words of it."""
+    rng, trials = np.random.default_rng([seed, 7]), []
+    for concept in concepts:
+        for text, named in zip(concept.texts, concept.named, strict=True):
+            found = list(dict.fromkeys(re.findall(r"[A-Za-z]{4,}", text)))
+            own = [word for word in found if word.lower() in concept.words][:4]
+            others = [word for word in found if word.lower() not in concept.words]
+            if not own or len(others) < len(own):
+                continue
+            drawn = {others[i] for i in rng.permutation(len(others))[: len(own)]}
+            for words, positive in ((own, True), ([word for word in others if word in drawn], False)):
+                marked = re.sub(rf"\b({'|'.join(words)})\b", r"<<\1>>", text)
+                kind = concept.kind if named else UNNAMED
+                trials.append(Highlighted(focused(text, words), marked, concept.label, positive, kind))
+    return trials
+
+
+async def highlight_report(client: JudgeClient, mode: Mode, trials: Sequence[Highlighted]) -> dict[str, Any]:
+    """By way of highlighting: AUROC by kind, and computed prompt tokens per verdict where the plain texts were read."""
+    ways = {
+        "in focus": [(trial.in_focus, trial.label) for trial in trials],
+        "<<in line>>": [(trial.in_line, f"the marked words: {trial.label}") for trial in trials],
+    }
+    found = {}
+    for way, pairs in ways.items():
+        before = replace(client.counters)
+        verdicts = await client.score(pairs, mode)
+        after = client.counters
+        computed = after.prompt_tokens - before.prompt_tokens - after.cached_tokens + before.cached_tokens
+        parts = {}
+        for kind in (*KINDS, UNNAMED):
+            mine = [(v, t.positive) for v, t in zip(verdicts, trials, strict=True) if v is not None and t.kind == kind]
+            yes, no = ([v for v, positive in mine if positive is wanted] for wanted in (True, False))
+            if yes and no:
+                parts[kind] = asdict(auroc(yes, no))
+        found[way] = {"kinds": parts, "computed": computed / len(pairs)}
     return found
 
 
@@ -256,6 +314,19 @@ def injection_table(found: dict[str, Any]) -> Rows:
             ]
         )
     return "Texts that talk to the judge, against ordinary sentences of their length", columns, rows
+
+
+def highlight_table(found: dict[str, Any]) -> Rows:
+    rows = []
+    for mode, each in found["modes"].items():
+        for way, part in each["highlights"].items():
+            shown = (
+                f"{k['value']:.3f} ({k['low']:.3f} to {k['high']:.3f})" if (k := part["kinds"].get(kind)) else "-"
+                for kind in (*KINDS, UNNAMED)
+            )
+            rows.append([mode, way, *shown, f"{part['computed']:.1f}"])
+    columns = ["mode", "highlighted", *KINDS, UNNAMED, "computed tokens"]
+    return "The concept's words against as many others of the same text, AUROC (95% interval)", columns, rows
 
 
 def _pair(value: float, neutral: float) -> str:

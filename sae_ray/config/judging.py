@@ -173,6 +173,9 @@ class JudgingConfig(Section):
     scorers: list[str] = Field(default_factory=lambda: ["detection", "fuzzing"], min_length=1)
     positives: Positive = Field(20, description="active texts per latent and scorer")
     negatives: Positive = Field(20, description="inactive texts per latent and scorer: near misses, siblings, randoms")
+    null_share: Fraction = Field(
+        0.5, description="share of the texts on which another latent's explanation is judged too (the shuffled null)"
+    )
     stop_at_stderr: Annotated[float, Field(ge=0)] = Field(
         0, description="a latent is judged on no more texts once its score's standard error is this; 0: always on all"
     )

@@ -93,9 +93,9 @@ class Reader:
 
     def likelihood_tokens(self, text: str, explanation: str) -> tuple[list[int], list[int]]:
         """(prompt, continuation): the verdict is the log-probability of the second given the first."""
-        head, body = likelihood_prompt(text)
-        prompt = aligned_prompt([*self._bos, *self._encode(head)], self._encode(body), self._filler, self.block_size)
-        return prompt, self._encode(explanation_continuation(explanation))
+        body, focus = likelihood_prompt(text)
+        prompt = aligned_prompt(self._bos, self._encode(body), self._filler, self.block_size)
+        return [*prompt, *self._encode(focus)], self._encode(explanation_continuation(explanation))
 
     async def _likelihood(self, text: str, explanation: str) -> Reading | None:
         prompt, continuation = self.likelihood_tokens(text, explanation)

@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 
-from sae_ray.judge.prompts import aligned_prompt, likelihood_prompt, nonce, yes_no_prompt
+from sae_ray.judge.prompts import (
+    aligned_prompt,
+    focused,
+    likelihood_prompt,
+    nonce,
+    unfocused,
+    yes_no_prompt,
+)
 from sae_ray.judge.reading import Placeholder, Reader, continuation_logprob
 
 BLOCK = 32
@@ -95,6 +102,40 @@ def test_short_explanations_of_one_text_recompute_nothing_but_themselves() -> No
     for output in engine.outputs[1:]:
         explanation = len(output.prompt_token_ids) - output.num_cached_tokens - 1
         assert explanation <= len(" file paths")
+
+
+def test_words_in_focus_cost_nothing_but_themselves_once_the_text_was_read() -> None:
+    engine, text, words = CachingEngine(), "some text of the corpus", ["text"]
+
+    async def ask() -> list[Any]:
+        judge = reader(engine)
+        await judge.read(text, ["dates"], "likelihood")
+        await judge.read(focused(text, words), ["dates", "files"], "likelihood")
+        return await judge.read(focused(text, ["corpus"]), ["dates", "files"], "likelihood")
+
+    asyncio.run(ask())
+    shared = "".join(likelihood_prompt(text))
+    for output in engine.outputs[1:]:
+        assert output.num_cached_tokens >= len(shared) - 1
+        assert len(output.prompt_token_ids) - output.num_cached_tokens < BLOCK
+    assert len(engine.outputs) == 5  # nothing was asked twice for want of a log-probability
+
+
+@pytest.mark.parametrize("words", [["one"], [""], ["one", "two, three"], ["with \x1f in it"]])
+@pytest.mark.parametrize("text", ["", "a text", "two\x1f\x1fparts", "\x1fodd"])
+def test_a_text_with_a_focus_is_taken_apart_again(text: str, words: list[str]) -> None:
+    assert unfocused(focused(text, words)) == ([word.replace("\x1f", " ") or " " for word in words], text)
+    assert unfocused(text) == ([], text)
+    assert focused(text, []) == text
+
+
+def test_a_judge_is_asked_about_the_words_in_focus() -> None:
+    text = "the fox sleeps"
+    plain, about = likelihood_prompt(text), likelihood_prompt(focused(text, ["fox", "sleeps"]))
+    assert about == (plain[0], " fox, sleeps\nTopic:")
+    question = yes_no_prompt(focused(text, ["fox"]), "animals.")
+    assert question[:2] == yes_no_prompt(text, "animals")[:2]
+    assert question[2] == f'Do the words "fox" in text {nonce(text)} show this: animals? Answer Yes or No.'
 
 
 def test_a_placeholder_with_the_right_token_in_it_is_still_refused() -> None:

@@ -1,8 +1,9 @@
 """Fuzzing: does the judge, given the explanation, tell the latent's own tokens from others?
 
-Texts come with tokens highlighted. A highlight in a place where the latent's never are would give a negative away
-without a glance at the explanation, and an SAE trained on such scores would learn to fire there. So negatives carry the
-positives' own patterns, every one equally often, laid over other texts (`sampling.deal_patterns`).
+Texts come with tokens highlighted: named after the text, which so shares the cache that detection has filled. Nothing
+about the highlights may give a negative away without a glance at the explanation, how many there are or where, or an
+SAE trained on such scores would learn to fire there. So negatives carry the positives' own patterns, every one equally
+often, laid over other texts (`sampling.deal_patterns`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import numpy as np
 
 from sae_ray.evidence.examples import for_scorer
 from sae_ray.evidence.types import Contexts, Example, LatentEvidence
-from sae_ray.judge.marks import marked
+from sae_ray.judge.marks import escaped
+from sae_ray.judge.prompts import focused
 from sae_ray.judge.scorers.base import Instruments, Score, ScoreJob
 from sae_ray.judge.scorers.sampling import deal_patterns, pattern_of, place, spread
 from sae_ray.judge.scorers.verdicts import Trial, is_positive, separate
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
 
 # Negatives that are active texts with other tokens highlighted than the latent's.
 MISPLACED = "misplaced"
-_WHOLE_TEXT = 10**9
+# Highlighted runs that a judge is told of, and characters of each: what follows a text should fit into one KV block.
+_RUNS, _CHARACTERS = 4, 20
 
 
 class Fuzzing:
@@ -44,11 +47,7 @@ class Fuzzing:
     ) -> list[Score]:
         trials = [highlighted_trials(job.latent, contexts, cfg.positives, cfg.negatives, seed) for job in jobs]
         # A misplaced text stands for nothing in the corpus, so there is no F1 at the natural prior.
-        return await separate(self.name, jobs, trials, tools, cfg, self.mode, of_marked_words, weighted=False)
-
-
-def of_marked_words(explanation: str) -> str:
-    return f"the marked words: {explanation}"
+        return await separate(self.name, jobs, trials, tools, cfg, self.mode, weighted=False)
 
 
 def highlighted_trials(
@@ -72,8 +71,8 @@ def highlighted_trials(
     marks, left = deal_patterns([pattern_of(own_n) for own_n in own], own[:n_misplaced], n_total, rng)
 
     def trial(example: Example, marks_n: np.ndarray, positive: bool, stratum: str) -> Trial:
-        line = marked(pieces[example.context], marks_n.astype(float), "delimiters", 1.0, characters=_WHOLE_TEXT)
-        return Trial(line, positive, example.context, stratum, example.weight)
+        text = focused(contexts.text(example.context), highlighted(pieces[example.context], marks_n))
+        return Trial(text, positive, example.context, stratum, example.weight)
 
     misplaced = [
         trial(example, marks_n, False, MISPLACED)
@@ -89,6 +88,13 @@ def highlighted_trials(
             elsewhere.append(trial(example, marks_n, False, example.stratum))
     negatives_mixed = [each for pair in _alternate(misplaced, elsewhere) for each in pair]
     return [*(trial(e, own_n, True, e.stratum) for e, own_n in zip(active, own, strict=True)), *negatives_mixed]
+
+
+def highlighted(pieces: Sequence[str], marks_n: np.ndarray) -> list[str]:
+    """The runs of highlighted tokens as words, in their order; at most `_RUNS`. One of spaces only shows them."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], marks_n.astype(np.int8), [0]])))
+    runs = ["".join(pieces[start:end]) for start, end in edges.reshape(-1, 2)]
+    return [escaped((run.strip() or run)[:_CHARACTERS], "delimiters") for run in runs[:_RUNS]]
 
 
 def _pieces(contexts: Contexts, context: int) -> list[str]:

@@ -104,20 +104,18 @@ async def separate(
     tools: Instruments,
     cfg: JudgingConfig,
     mode: str | None = None,
-    phrase: Callable[[str], str] = str,
     weighted: bool = True,
 ) -> list[Score]:
     """Soft AUROC of the verdicts on each job's trials, and of another latent's explanation on the same texts.
 
     The trials of a job are judged in their order, in looks (see `stopping`), all jobs' together: texts that many
-    latents share are read once. Both explanations of a job are judged on every text that either is judged on.
+    latents share are read once. The other explanation is judged on `cfg.null_share` of each class.
 
     Args:
-        phrase: how an explanation is put to the judge.
         weighted: whether the trials' weights add up to the corpus, so that there is an F1 at the natural prior.
     """
     judge = judge_of(tools, scorer)
-    courses = [_Course.of(job, some, cfg.stop_at_stderr) for job, some in zip(jobs, trials, strict=True)]
+    courses = [_Course.of(job, some, cfg) for job, some in zip(jobs, trials, strict=True)]
     open_courses = [course for course in courses if course.trials]
     while open_courses:
         asked: list[tuple[_Course, str, int]] = []
@@ -125,8 +123,9 @@ async def separate(
         for course in open_courses:
             for index in course.next_look():
                 for purpose, explanation in course.explanations.items():
-                    asked.append((course, purpose, index))
-                    pairs.append((course.trials[index].text, phrase(explanation)))
+                    if purpose == OWN or index in course.null_on:
+                        asked.append((course, purpose, index))
+                        pairs.append((course.trials[index].text, explanation))
         for (course, purpose, index), raw in zip(asked, await ask(judge, pairs, mode), strict=True):
             course.answers[purpose][index] = raw
         open_courses = [course for course in open_courses if not course.enough()]
@@ -136,23 +135,28 @@ async def separate(
 
 @dataclass
 class _Course:
-    """One job's way through its looks. answers: purpose -> trial index -> raw verdict."""
+    """One job's way through its looks. null_on: trials that the other explanation is judged on too. answers:
+    purpose -> trial index -> raw verdict."""
 
     job: ScoreJob
     trials: Sequence[Trial]
     looks: Looks
     explanations: dict[str, str]
+    null_on: set[int]
     answers: dict[str, dict[int, float | None]] = field(default_factory=dict)
     taken: int = 0
 
     @classmethod
-    def of(cls, job: ScoreJob, trials: Sequence[Trial], target: float) -> _Course:
-        n_pos = sum(trial.positive for trial in trials)
+    def of(cls, job: ScoreJob, trials: Sequence[Trial], cfg: JudgingConfig) -> _Course:
+        sides = [[i for i, trial in enumerate(trials) if trial.positive is positive] for positive in (True, False)]
+        n_pos, share = len(sides[0]), cfg.null_share
         explanations = {OWN: job.explanation.text}
         if job.shuffled is not None:
             explanations[SHUFFLED] = job.shuffled.text
-        looks = plan_looks(n_pos, len(trials) - n_pos, target)
-        return cls(job, trials, looks, explanations, {purpose: {} for purpose in explanations})
+        # Evenly through the order, so that every look has its part of them.
+        null_on = {i for side in sides for n, i in enumerate(side) if math.ceil((n + 1) * share) > math.ceil(n * share)}
+        looks = plan_looks(n_pos, len(trials) - n_pos, cfg.stop_at_stderr)
+        return cls(job, trials, looks, explanations, null_on, {purpose: {} for purpose in explanations})
 
     def next_look(self) -> list[int]:
         """Indices of the trials that the next look adds."""

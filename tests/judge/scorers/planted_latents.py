@@ -12,6 +12,7 @@ import numpy as np
 
 from sae_ray.evidence.types import NEAR_MISS, QUANTILE, RANDOM, SIBLING, TOP, Contexts, Example, LatentEvidence
 from sae_ray.judge.explainers.base import Explanation
+from sae_ray.judge.prompts import unfocused
 from sae_ray.judge.scorers.base import ScoreJob
 
 LENGTH = 16
@@ -83,7 +84,7 @@ class World:
 
     def _text(self) -> int:
         context = len(self.tokens)
-        self.tokens[context] = self.rng.choice(self.fillers, size=LENGTH).astype(np.int32)
+        self.tokens[context] = self.rng.choice(self.fillers, size=LENGTH, replace=False).astype(np.int32)
         self.tokens[context][0] = 0
         if self.ragged and context % 3 == 0:
             self.tokens[context][LENGTH - 3 :] = -1
@@ -152,9 +153,27 @@ class FakeJudge:
         return found
 
 
+def in_focus(text: str) -> list[str]:
+    """The runs of words that a judge is asked about."""
+    return unfocused(text)[0]
+
+
+def places_in_focus(text: str) -> list[bool]:
+    """Per word of a text whether it is in focus; a text says each word once, but for a latent's own."""
+    runs, plain = unfocused(text)
+    words = plain.split()
+    marks, at = [False] * len(words), 0
+    for run in (each.split() for each in runs):
+        at = next(i for i in range(at, len(words)) if words[i : i + len(run)] == run)
+        marks[at : at + len(run)] = [True] * len(run)
+        at += len(run)
+    return marks
+
+
 def knows(text: str, explanation: str) -> float:
     """The verdict of a judge that makes no mistakes."""
-    return float(any(word in re.findall(r"\w+", text) for word in explanation.split() if word.startswith("word")))
+    plain = unfocused(text)[1]
+    return float(any(word in re.findall(r"\w+", plain) for word in explanation.split() if word.startswith("word")))
 
 
 def noisy(seed: int, gain: float) -> Callable[[str, str], float]:

@@ -15,7 +15,7 @@ from sae_ray.judge.scorers import REGISTRY, scorers
 from sae_ray.judge.scorers.base import Instruments, Score
 from sae_ray.judge.scorers.detection import Detection, DetectionByYesNo
 
-CFG = JudgingConfig()
+CFG = JudgingConfig(null_share=1)
 
 
 def detect(world: World, judge: FakeJudge, cfg: JudgingConfig = CFG, null: bool = True, tools=None) -> list[Score]:
@@ -63,6 +63,22 @@ def test_the_null_is_judged_on_the_same_texts() -> None:
         texts = {p: [r["context"] for r in score.verdicts if r["purpose"] == p] for p in ("score", "shuffled")}
         assert texts["score"] == texts["shuffled"]
         assert len(texts["score"]) == len(set(texts["score"])) == 40
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.5, 10), (0.26, 6), (0.0, 0)])
+def test_the_null_is_judged_on_a_share_of_each_class(share: float, expected: int) -> None:
+    judge = FakeJudge(noisy(1, 1.0))
+    for score in detect(World(), judge, JudgingConfig(null_share=share)):
+        assert [len(side) for side in of(score, "score")] == [20, 20]
+        assert [len(side) for side in of(score, "shuffled")] == [expected, expected]
+        assert math.isnan(score.shuffled) == math.isnan(score.extra["above_shuffled"]) == (not expected)
+        if expected:
+            own = {row["context"]: row["raw"] for row in score.verdicts if row["purpose"] == "score"}
+            both = {row["context"] for row in score.verdicts if row["purpose"] == "shuffled"}
+            paired = [(own[r["context"]], r["stratum"]) for r in score.verdicts if r["context"] in both]
+            value = pairwise(*([v for v, s in paired if (s in (TOP, QUANTILE)) is a] for a in (True, False)))
+            assert score.extra["above_shuffled"] == pytest.approx(value - score.shuffled)
+    assert len(judge.calls[0]) == 4 * (40 + 2 * expected)
 
 
 def test_soft_f1_counts_a_text_as_often_as_it_stands_for() -> None:

@@ -1,21 +1,21 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
-from planted_latents import LENGTH, FakeJudge, World, calibration, knows
+from planted_latents import LENGTH, FakeJudge, World, calibration, in_focus, knows, places_in_focus
 
 from sae_ray.config import JudgingConfig
 from sae_ray.evidence.types import QUANTILE, TOP
+from sae_ray.judge.prompts import unfocused
 from sae_ray.judge.scorers.base import Instruments, Score
-from sae_ray.judge.scorers.fuzzing import MISPLACED, Fuzzing, highlighted_trials
+from sae_ray.judge.scorers.fuzzing import MISPLACED, Fuzzing, highlighted, highlighted_trials
 from sae_ray.judge.scorers.verdicts import Trial
 
-CFG = JudgingConfig()
+CFG = JudgingConfig(null_share=1)
 
 
 def fuzz(world: World, verdict: Callable[[str, str], float | None], cfg: JudgingConfig = CFG) -> list[Score]:
@@ -23,18 +23,8 @@ def fuzz(world: World, verdict: Callable[[str, str], float | None], cfg: Judging
     return asyncio.run(Fuzzing().score(world.jobs(), world.contexts, tools, cfg, seed=0))
 
 
-def highlighted(text: str) -> list[bool]:
-    """Per word of a highlighted text, whether it is marked."""
-    marks, inside = [], False
-    for word in text.split():
-        inside |= word.startswith("<<")
-        marks.append(inside)
-        inside &= not word.endswith(">>")
-    return marks
-
-
-def sees_marked_words(text: str, explanation: str) -> float:
-    return knows(" ".join(re.findall(r"<<(.*?)>>", text)), explanation)
+def sees_words_in_focus(text: str, explanation: str) -> float:
+    return knows(" ".join(in_focus(text)), explanation)
 
 
 def early(rng: np.random.Generator) -> Sequence[int]:
@@ -43,16 +33,16 @@ def early(rng: np.random.Generator) -> Sequence[int]:
 
 
 POSITION_JUDGES = {
-    "first": lambda text, _: float(np.argmax(highlighted(text))),
-    "last": lambda text, _: float(np.argmax(highlighted(text)[::-1])),
-    "number": lambda text, _: float(sum(highlighted(text))),
-    "runs": lambda text, _: float(text.count("<<")),
-    "early": lambda text, _: float(highlighted(text)[2]),
+    "first": lambda text, _: float(np.argmax(places_in_focus(text))),
+    "last": lambda text, _: float(np.argmax(places_in_focus(text)[::-1])),
+    "number": lambda text, _: float(sum(places_in_focus(text))),
+    "runs": lambda text, _: float(len(in_focus(text))),
+    "early": lambda text, _: float(places_in_focus(text)[2]),
 }
 
 
 def test_a_judge_that_knows_the_marked_words_gets_one_on_every_kind_of_negative() -> None:
-    for score in fuzz(World(), sees_marked_words):
+    for score in fuzz(World(), sees_words_in_focus):
         assert score.value == 1
         assert score.shuffled == 0.5
         assert score.extra[f"auroc_{MISPLACED}"] == 1
@@ -101,23 +91,29 @@ def test_negatives_never_mark_the_latents_own_tokens_and_mark_as_many_in_the_sam
         trials = highlighted_trials(latent, world.contexts, 20, 20, seed=0)
         patterns: dict[bool, Counter] = {True: Counter(), False: Counter()}
         for trial in trials:
-            marks = highlighted(trial.text)
-            marked_words = [w.strip("<>") for w, m in zip(trial.text.split(), marks, strict=True) if m]
+            marks = places_in_focus(trial.text)
+            marked_words = " ".join(in_focus(trial.text)).split()
             assert set(marked_words) == {name} if trial.positive else name not in marked_words
             assert trial.positive == (trial.stratum in (TOP, QUANTILE))
             patterns[trial.positive][tuple(marks)] += 1
         assert patterns[True] == patterns[False]
         kinds = Counter(trial.stratum for trial in trials if not trial.positive)
-        assert kinds[MISPLACED] >= 3
+        assert kinds[MISPLACED] >= 1
         assert sum(kinds.values()) == 20
 
 
-def test_the_marked_text_is_the_whole_text_and_no_more() -> None:
+def test_the_text_is_the_one_that_detection_reads() -> None:
     world = World(ragged=True)
     for trial in highlighted_trials(world.latents[0], world.contexts, 20, 20, seed=0):
-        plain = re.sub("<<|>>", "", trial.text)
-        assert plain.split() == world.contexts.text(trial.context).split()
-        assert "<s>" not in plain
+        assert unfocused(trial.text)[1] == world.contexts.text(trial.context)
+
+
+def test_a_judge_is_told_of_a_few_short_runs_whatever_they_hold() -> None:
+    pieces = [" a", "b" * 50, " c", "\n", " <<", " d", "", " e", " f", " g"]
+    assert highlighted(pieces, np.array([1, 1, 0, 1, 0, 0, 0, 0, 0, 0])) == ["a" + "b" * 19, "\\n"]
+    assert highlighted(pieces, np.array([1, 0, 1, 0, 0, 1, 0, 1, 0, 1])) == ["a", "c", "d", "e"]
+    (quoted,) = highlighted(pieces, np.array([0, 0, 0, 0, 1, 0, 0, 0, 0, 0]))
+    assert quoted == "\\<\\<"
 
 
 def test_a_latent_that_fires_everywhere_gets_no_misplaced_highlights() -> None:
@@ -133,12 +129,6 @@ def test_a_lenient_judge_earns_what_its_null_earns_and_a_silent_one_nothing() ->
     for score in fuzz(World(), lambda text, explanation: None):
         assert np.isnan(score.value)
         assert score.n == 0
-
-
-def test_the_judge_is_told_that_it_is_about_the_marked_words() -> None:
-    asked: list[str] = []
-    fuzz(World(), lambda text, explanation: asked.append(explanation) or 1.0)
-    assert all(explanation.startswith("the marked words: it says word") for explanation in asked)
 
 
 def test_every_beginning_of_the_trials_has_both_kinds_of_negatives() -> None:
