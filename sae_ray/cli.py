@@ -1,4 +1,5 @@
-"""`sae-ray train | evaluate | judge | explain | store | export | import`.
+"""`sae-ray train | evaluate | judge | explain | store | export | import | submit | status | logs | stop |
+doctor`.
 
 Errors the user can mend are one line on stderr and exit code 2.
 """
@@ -8,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -18,9 +19,17 @@ from sae_ray.config_file import load_config
 from sae_ray.errors import RunInterrupted, UserError
 from sae_ray.storage import DISK_FULL, why_not_written
 
+if TYPE_CHECKING:
+    from sae_ray.submission import Attempt, Jobs
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
 ConfigFile = Annotated[Path, typer.Argument(help="run config (YAML)", show_default=False)]
+Address = Annotated[
+    str | None, typer.Option(help="of the cluster's dashboard [default: $RAY_API_SERVER_ADDRESS, else this machine's]")
+]
+TrustNetwork = Annotated[bool, typer.Option("--trust-network", help="no token, though others may reach the address")]
+RunName = Annotated[str, typer.Argument(help="name of a submitted run", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="section.key=value, over the file; repeatable")]
 
 
@@ -177,6 +186,96 @@ def import_(
     Console().print(f"{path}: {format}, {found}", soft_wrap=True)
     export_sae(found.sae, out, to, found.provenance)
     Console().print(f"{out}: {to}; train on from it with sae.init_from: {out}", soft_wrap=True)
+
+
+@app.command()
+def submit(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    address: Address = None,
+    wait: Annotated[bool, typer.Option(help="show what the run prints until it ends")] = True,
+    trust_network: TrustNetwork = False,
+) -> None:
+    """Run a config as a Ray job on a cluster. The same command joins a run that is under way, or resumes one."""
+    run = load_config(config, overrides)
+    from sae_ray.submission import Jobs, for_cluster
+
+    run = for_cluster(run, str(config))
+    jobs = Jobs(address, trust_network)
+    attempt, is_new = jobs.submit(run)
+    told = "submitted" if is_new else "is under way"
+    Console().print(f"{run.name}: {told} as job {attempt.id} at {jobs.address}", soft_wrap=True)
+    if wait:
+        _follow(jobs, attempt)
+
+
+@app.command()
+def status(
+    run: Annotated[str | None, typer.Argument(help="name of a submitted run [default: all]")] = None,
+    address: Address = None,
+    trust_network: TrustNetwork = False,
+) -> None:
+    """Submitted runs and their attempts, and the last line that a run printed."""
+    from sae_ray.submission import Jobs, print_status
+
+    print_status(Jobs(address, trust_network), run, Console())
+
+
+@app.command()
+def logs(
+    run: RunName,
+    address: Address = None,
+    follow: Annotated[bool, typer.Option(help="go on until the run ends")] = False,
+    trust_network: TrustNetwork = False,
+) -> None:
+    """What a submitted run has printed."""
+    from sae_ray.submission import Jobs
+
+    jobs = Jobs(address, trust_network)
+    attempt = jobs.latest(run)
+    if follow:
+        _follow(jobs, attempt)
+    else:
+        print(jobs.logs(attempt), end="")
+
+
+@app.command()
+def stop(run: RunName, address: Address = None, trust_network: TrustNetwork = False) -> None:
+    """Stop a submitted run; submitting it again goes on from its last checkpoint."""
+    from sae_ray.submission import Jobs
+
+    attempt = Jobs(address, trust_network).stop(run)
+    told = f"had ended: {attempt.status.value}" if attempt.over else "is asked to stop"
+    Console().print(f"{run}: job {attempt.id} {told}", soft_wrap=True)
+
+
+@app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Argument(help="also what this config would fail of")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """What this machine has, and what would fail: versions, GPUs, memory, ports, models, storage."""
+    run = load_config(config, overrides) if config else None
+    from sae_ray.doctor import examine, print_findings
+
+    if not print_findings(examine(run), Console()):
+        raise typer.Exit(1)
+
+
+def _follow(jobs: Jobs, attempt: Attempt) -> None:
+    """Until it ends; with exit code 1 if it did not succeed, and 130 after Ctrl-C, which leaves it alone."""
+    try:
+        ended = jobs.follow(attempt, lambda text: print(text, end="", flush=True))
+    except KeyboardInterrupt:
+        print(
+            f"\nsae-ray: no longer following; {attempt.run} goes on. sae-ray logs --follow {attempt.run} shows it "
+            f"again, sae-ray stop {attempt.run} ends it",
+            file=sys.stderr,
+        )
+        raise typer.Exit(130) from None
+    if ended.status.value != "SUCCEEDED":
+        print(f"sae-ray: {ended.run}: {ended.status.value}: {ended.message}", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 def _at(config: RunConfig, run_dir: Path) -> RunConfig:
