@@ -31,6 +31,8 @@ _GIB = 1 << 30
 _CPU_BLOCK_TOKENS = 32
 _MAX_SEQUENCES = 64
 _CPU_BATCH_TOKENS = 4096
+# Whose weights are safetensors by themselves, or are no PyTorch pickles.
+_OWN_LOADERS = ("bitsandbytes", "gguf")
 # How a replica learns those of its settings that Ray Serve LLM has no place for.
 SETTINGS_VARIABLE = "SAE_RAY_JUDGE_SETTINGS"
 
@@ -306,6 +308,9 @@ def engine_kwargs(cfg: JudgeConfig) -> dict[str, Any]:
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(_CPU_BATCH_TOKENS, cfg.max_model_len),
         }
+    if cfg.quantization not in _OWN_LOADERS:
+        # vLLM would fall back on pickles, which may run anything.
+        kwargs["load_format"] = "safetensors"
     if cfg.quantization is not None:
         kwargs["quantization"] = cfg.quantization
     if cfg.lora:
