@@ -10,6 +10,7 @@ and are held until released.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
@@ -41,6 +42,9 @@ class BlockScheduler:
         self.first_untrained = 0
         self.train_blocks: int | None = None
         self._held: set[BlockKey] = set()
+        self._leased: set[BlockKey] = set()
+        self._low = 0  # train blocks from the first untrained one up to here are held or leased
+        self._earliest = math.inf  # no lease ends before
         self._requested: dict[BlockKey, None] = {}  # in the order of the requests
         self._deadlines: dict[str, dict[BlockKey, float]] = {}  # worker -> its leases, oldest first
 
@@ -54,7 +58,13 @@ class BlockScheduler:
         key = self._next()
         if key is not None:
             mine[key] = now + self.lease_timeout_s
+            self._leased.add(key)
+            self._earliest = min(self._earliest, mine[key])
         return key
+
+    def has_room(self, worker: str) -> bool:
+        """Whether `worker` may take another lease; then `lease` gives None only where nothing is up for one."""
+        return len(self._deadlines.get(worker, ())) < self.leases_per_worker
 
     def complete(self, worker: str, key: BlockKey, now: float) -> Outcome:
         """A worker delivers. Only an accepted block may be kept; the others are dropped by the caller.
@@ -63,7 +73,8 @@ class BlockScheduler:
         stale: the block is trained, released, or no longer inside the window.
         """
         mine = self._deadlines.get(worker, {})
-        mine.pop(key, None)
+        if mine.pop(key, None) is not None:
+            self._leased.discard(key)
         for waiting in mine:  # its next block starts only now
             mine[waiting] = now + self.lease_timeout_s
         if key in self._held:
@@ -76,16 +87,17 @@ class BlockScheduler:
     def worker_died(self, worker: str) -> list[BlockKey]:
         """Gives up all leases of `worker`; returns those that are up for a lease again."""
         leases = self._deadlines.pop(worker, {})
+        self._leased.difference_update(leases)
+        self._look_again(leases)
         return [key for key in leases if self._wanted(key) and key not in self._held]
 
     def expired(self, now: float) -> list[tuple[str, BlockKey]]:
         """Leases past their deadline, as (worker, block); the caller ends the worker, then `worker_died`."""
-        return [
-            (worker, key)
-            for worker, leases in self._deadlines.items()
-            for key, deadline in leases.items()
-            if now >= deadline
-        ]
+        if now < self._earliest:
+            return []
+        ends = [(at, worker, key) for worker, leases in self._deadlines.items() for key, at in leases.items()]
+        self._earliest = min((at for at, _, _ in ends), default=math.inf)
+        return [(worker, key) for at, worker, key in ends if now >= at]
 
     # -- consumers --------------------------------------------------------------------------------------
 
@@ -107,7 +119,7 @@ class BlockScheduler:
 
     def seek(self, first_untrained: int) -> list[BlockKey]:
         """Continue with another train block; returns the held blocks that are dropped by it."""
-        self.first_untrained = first_untrained
+        self.first_untrained = self._low = first_untrained
         dropped = [key for key in self._held if not self._wanted(key)]
         self._held.difference_update(dropped)
         return sorted(dropped)
@@ -121,11 +133,13 @@ class BlockScheduler:
         for key in keys:
             self._requested.pop(key, None)
             self._held.discard(key)
+            self._look_again([key])
 
     def lost(self, key: BlockKey) -> bool:
         """A held block's object is gone with its node: up for a lease again. False if it was not held."""
         was_held = key in self._held
         self._held.discard(key)
+        self._look_again([key])
         return was_held
 
     # -- views ------------------------------------------------------------------------------------------
@@ -139,14 +153,28 @@ class BlockScheduler:
 
     @property
     def n_leased(self) -> int:
-        return sum(len(leases) for leases in self._deadlines.values())
+        return len(self._leased)
 
     def _next(self) -> BlockKey | None:
-        leased = {key for leases in self._deadlines.values() for key in leases}
+        for key in self._requested:
+            if self._up(key):
+                return key
         last = self.first_untrained + self.window_blocks
-        window = range(self.first_untrained, last if self.train_blocks is None else min(last, self.train_blocks))
-        candidates = (*self._requested, *(BlockKey("train", block_id) for block_id in window))
-        return next((key for key in candidates if key not in self._held and key not in leased), None)
+        last = last if self.train_blocks is None else min(last, self.train_blocks)
+        # Looking from the first untrained block each time would cost as much as there are leases.
+        self._low = max(self._low, self.first_untrained)
+        while self._low < last:
+            if self._up(key := BlockKey("train", self._low)):
+                return key
+            self._low += 1
+        return None
+
+    def _up(self, key: BlockKey) -> bool:
+        return key not in self._held and key not in self._leased
+
+    def _look_again(self, keys: Iterable[BlockKey]) -> None:
+        """These may be up for a lease again."""
+        self._low = min([self._low, *(key.block_id for key in keys if key.split == "train")])
 
     def _wanted(self, key: BlockKey) -> bool:
         if key in self._requested:

@@ -78,6 +78,8 @@ class BlockStream:
         self._scheduler = BlockScheduler(activations.window_blocks, activations.lease_timeout_s)
         self._scheduler.train_blocks = train_blocks
         self._producers: dict[int, _Producer] = {}
+        self._starting: dict[ray.ObjectRef, _Producer] = {}
+        self._roomy: dict[int, None] = {}  # slots whose producers may take a lease, in the order they came to have room
         self._pending: dict[ray.ObjectRef, _Pending] = {}
         self._blocks: dict[BlockKey, tuple[ray.ObjectRef, dict[str, Any]]] = {}
         self._restarts = 0
@@ -98,7 +100,7 @@ class BlockStream:
         now = time.monotonic()
         for slot in range(self._cfg.activations.producers):
             self._spawn(slot, 0, now)
-        while waiting := [p.ready_ref for p in self._producers.values() if p.info is None]:
+        while waiting := list(self._starting):
             if on_wait is not None:
                 total = len(self._producers)
                 on_wait(f"{total - len(waiting)} of {total} producers ready")
@@ -114,6 +116,8 @@ class BlockStream:
             with contextlib.suppress(Exception):
                 ray.kill(producer.actor)
         self._producers.clear()
+        self._starting.clear()
+        self._roomy.clear()
         self._pending.clear()
         self._blocks.clear()
 
@@ -154,25 +158,28 @@ class BlockStream:
                 reason = f"{key.split} block {key.block_id} took over activations.lease_timeout_s = {limit:g} s"
                 events.append(self._replace(producer, now, reason))
         self._check_startup(now)
-        # One lease each before anyone gets a second, so that a short window is spread over all.
+        # One lease each before anyone gets a second, so that a short window is spread over all. Only those with room
+        # are looked at: of a thousand producers, a look at all for each block would be most of the driver's time.
         progress = True
         while progress:
             progress = False
-            for producer in self._producers.values():
-                if producer.info is None:
+            for slot in list(self._roomy):
+                producer = self._producers[slot]
+                if (lease := self._scheduler.lease(producer.worker, now)) is None:
+                    if self._scheduler.has_room(producer.worker):  # nothing is up for a lease
+                        return events
+                    del self._roomy[slot]
                     continue
-                if (lease := self._scheduler.lease(producer.worker, now)) is not None:
-                    progress = True
-                    meta_ref, block_ref = producer.actor.produce.options(num_returns=2).remote(*lease)
-                    self._pending[meta_ref] = _Pending(producer, lease, block_ref)
+                progress = True
+                meta_ref, block_ref = producer.actor.produce.options(num_returns=2).remote(*lease)
+                self._pending[meta_ref] = _Pending(producer, lease, block_ref)
         return events
 
     def pending_refs(self) -> list[ray.ObjectRef]:
-        starting = [p.ready_ref for p in self._producers.values() if p.info is None]
-        return [*starting, *self._pending]
+        return [*self._starting, *self._pending]
 
     def owns(self, ref: ray.ObjectRef) -> bool:
-        return ref in self._pending or any(p.ready_ref == ref for p in self._producers.values())
+        return ref in self._pending or ref in self._starting
 
     def on_ready(self, ref: ray.ObjectRef, now: float) -> list[Event]:
         """Take in a finished reference of `pending_refs()`. Returns what is worth logging.
@@ -180,8 +187,7 @@ class BlockStream:
         Raises:
             UserError: from the producer (a bad corpus line, say), or too many producers died.
         """
-        starting = next((p for p in self._producers.values() if p.ready_ref == ref), None)
-        if starting is not None:
+        if (starting := self._starting.pop(ref, None)) is not None:
             return self._on_started(starting, now)
         pending = self._pending.pop(ref, None)
         if pending is None:  # of a producer that was replaced in the same round
@@ -190,6 +196,7 @@ class BlockStream:
             meta = self._get(ref)
         except RayActorError as error:
             return self._on_death(pending.producer, now, error)
+        self._roomy[pending.producer.slot] = None
         outcome = self._scheduler.complete(pending.producer.worker, pending.key, now)
         if outcome != "accepted":
             self._totals["duplicates"] += 1
@@ -301,11 +308,10 @@ class BlockStream:
             max_restarts=0,
             runtime_env={"env_vars": _environment(activations.threads)},
         ).remote(self._cfg.model_dump_json(), *self._extra)
-        self._producers[slot] = _Producer(slot, generation, actor, actor.ready.remote(), now)
+        ready_ref = actor.ready.remote()
+        self._producers[slot] = self._starting[ready_ref] = _Producer(slot, generation, actor, ready_ref, now)
 
     def _on_started(self, producer: _Producer, now: float) -> list[Event]:
-        if producer.info is not None:
-            return []
         try:
             info = self._get(producer.ready_ref)
         except RayActorError as error:
@@ -320,6 +326,7 @@ class BlockStream:
         if (stored := info.get("stored_train_blocks")) is not None:
             self._scheduler.train_blocks = stored
         producer.info = info
+        self._roomy[producer.slot] = None
         return [{"what": "producer_ready", "producer": producer.slot, "generation": producer.generation, **info}]
 
     def _on_death(self, producer: _Producer, now: float, error: Exception) -> list[Event]:
@@ -332,6 +339,8 @@ class BlockStream:
         reissued = self._scheduler.worker_died(producer.worker)
         for ref in [ref for ref, pending in self._pending.items() if pending.producer is producer]:
             del self._pending[ref]
+        self._starting.pop(producer.ready_ref, None)
+        self._roomy.pop(producer.slot, None)
         self._restarts += 1
         self._totals["reissued"] += len(reissued)
         limit = self._cfg.activations.max_restarts
@@ -347,7 +356,7 @@ class BlockStream:
 
     def _check_startup(self, now: float) -> None:
         limit = self._cfg.ray.wait_s
-        late = [p for p in self._producers.values() if p.info is None and now - p.started > limit]
+        late = [p for p in self._starting.values() if now - p.started > limit]
         if not late:
             return
         activations = self._cfg.activations
