@@ -51,7 +51,7 @@ class Ref:
 
 
 class FakeRay:
-    """Answers what the driver calls of `ray`, in simulated time. `seconds`: CPU time of that, which is not the driver's."""
+    """Answers what the driver calls of `ray`, in simulated time. `seconds`: CPU time of that: not the driver's."""
 
     def __init__(self, block_s: float, seed: int = 0) -> None:
         self.now, self.seconds, self.block_s = 0.0, 0.0, block_s

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from sae_ray.config import RunConfig
 from sae_ray.config_file import load_config
-from sae_ray.errors import RunInterrupted, UserError
+from sae_ray.errors import RunInterrupted, UserError, printable
 from sae_ray.storage import DISK_FULL, why_not_written
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def export_(
 
     at_step, found = sae_of_run(settings, sae, step)
     export_sae(found.sae, out, format, found.provenance)
-    Console().print(f"{out}: {format}, {found}, from {sae} of {run} at step {at_step}", soft_wrap=True)
+    _say(f"{out}: {format}, {found}, from {sae} of {run} at step {at_step}")
 
 
 @app.command("import")
@@ -183,9 +183,14 @@ def import_(
 
     format = format or detect(path)
     found = read_sae(path, format)
-    Console().print(f"{path}: {format}, {found}", soft_wrap=True)
+    _say(f"{path}: {format}, {found}")
     export_sae(found.sae, out, to, found.provenance)
-    Console().print(f"{out}: {to}; train on from it with sae.init_from: {out}", soft_wrap=True)
+    _say(f"{out}: {to}; train on from it with sae.init_from: {out}")
+
+
+def _say(text: str) -> None:
+    """A line that may quote a file that somebody else wrote: neither markup nor control characters of it count."""
+    Console().print(printable(text), soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -289,7 +294,7 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except UserError as error:
-        print(f"sae-ray: {error}", file=sys.stderr)
+        print(f"sae-ray: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.errno not in DISK_FULL:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,6 +12,11 @@ from pydantic import BaseModel, ValidationError
 
 from sae_ray.config import RunConfig
 from sae_ray.errors import UserError
+
+# What PyYAML lets through of tags that do not fit their text (`!!int x`, `!!bool x`, 2024-99-99), and of deep nesting.
+_NOT_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlist, _REPR.maxdict = 3, 200, 200, 10, 10
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
@@ -26,8 +32,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
+    except _NOT_YAML as error:
+        raise UserError(f"{path}: is not YAML: {' '.join(str(error).split()) or type(error).__name__}") from error
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected a mapping of sections, found {type(raw).__name__}")
     return parse_config(raw, str(path), overrides)
@@ -60,7 +66,7 @@ def _apply_override(raw: dict[str, Any], item: str) -> None:
             raise UserError(f"--set {item}: {parent} is not a section")
     try:
         node[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except _NOT_YAML as error:
         raise UserError(f"--set {item}: the value is not YAML") from error
 
 
@@ -74,10 +80,18 @@ def _explain(item: Any, under: tuple[str | int, ...]) -> str:
         return f"{key}: is required and missing"
     value = item["input"]
     if not isinstance(value, (dict, BaseModel)):
-        return f"{key} = {value!r}: {message}"
+        return f"{key} = {_shown(value)}: {message}"
     if item["type"] == "value_error":  # a section's own check, which names the keys from the section on
         return f"{_dotted(under[:-1])}.{message}" if under else message
     return f"{key}: {message}"
+
+
+def _shown(value: Any) -> str:
+    """A value in short. YAML's aliases can make a few lines a structure that is endless to write out."""
+    try:
+        return _REPR.repr(value)
+    except ValueError:  # a whole number of more digits than Python writes
+        return f"a {type(value).__name__} that is too long to show"
 
 
 def _dotted(path: tuple[str | int, ...]) -> str:

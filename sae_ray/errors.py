@@ -7,3 +7,8 @@ class UserError(Exception):
 
 class RunInterrupted(Exception):
     """The user asked the run to stop; a checkpoint has been committed."""
+
+
+def printable(text: str) -> str:
+    """Text on one line with control characters as escapes: what others wrote must not steer somebody's terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

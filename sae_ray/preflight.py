@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from sae_ray.config import JudgeConfig, RunConfig
-from sae_ray.errors import UserError
+from sae_ray.errors import UserError, printable
 from sae_ray.session import check_address
 from sae_ray.storage import ensure_writable, is_s3, probe
 
@@ -71,8 +72,22 @@ def check_sources(config: RunConfig) -> None:
         store = ActivationStore.open(config.activations.store)
         store.check(config)
         store.check_enough(config)
+    warn_of_code(config)
     check_hooks(config.model, config.hooks)
     check_corpus(config, load_tokenizer(config.model))
+
+
+def warn_of_code(config: RunConfig) -> None:
+    """Says whose code will run, where `trust_remote_code` is on."""
+    from sae_ray.judge.roles import SCORER, judges_of
+
+    trusted = {"model": config.model.name} if config.model.trust_remote_code else {}
+    for role, judge in judges_of(config).items():
+        if judge.trust_remote_code and judge.endpoint is None:
+            trusted["judge" if role == SCORER or role not in config.judges else f"judges.{role}"] = judge.model
+    for key, name in trusted.items():
+        warning = f"warning: {key}.trust_remote_code: code of {name} will run on every node with all rights of this run"
+        print(f"sae-ray: {printable(warning)}", file=sys.stderr)
 
 
 def check_init_from(config: RunConfig) -> None:

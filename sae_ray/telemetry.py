@@ -19,6 +19,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from sae_ray.errors import printable
+
 PLAIN_INTERVAL_S = 10.0
 EVALUATION = "evaluation"  # the phase in which nothing is trained, so that only the judging's numbers move
 
@@ -190,7 +192,7 @@ class Progress:
     def say(self, message: str) -> None:
         """A line that stays."""
         elapsed = _clock(time.monotonic() - self._started)
-        self._console.print(Text(f"[{elapsed}] {message}"), soft_wrap=True)
+        self._console.print(Text(f"[{elapsed}] {printable(message)}"), soft_wrap=True)
 
     def phase(self, name: str, detail: str = "") -> None:
         """Enters a phase (or changes the detail of the one it is in); the log says how long each took."""

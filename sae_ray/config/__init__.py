@@ -120,6 +120,17 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _no_credentials(self) -> RunConfig:
+        """The config is written down as it is, in the run folder and in every checkpoint, and sent to actors."""
+        places = {"activations.store": self.activations.store, "trainer.checkpoint_dir": self.trainer.checkpoint_dir}
+        for role, keys in {"judge": self.judge.model_dump(), **self.judges}.items():
+            places[f"{role}.s3_mirror"] = keys.get("s3_mirror")
+        for key, place in places.items():
+            if isinstance(place, str) and re.match(r"[A-Za-z0-9+.-]+://[^/]*@", place):
+                raise ValueError(f"{key}: holds credentials (before the '@'); S3 takes them from AWS_... or a role")
+        return self
+
+    @model_validator(mode="after")
     def _every_sae_fits(self) -> RunConfig:
         from sae_ray.variants import check_specs
 

@@ -35,6 +35,8 @@ __all__ = ["EndpointClient", "continuation_reading", "yes_no_reading"]
 
 # Most servers tell no more than this many alternatives to a token.
 _TOP_TOKENS = 20
+# The largest answer that is read: 16 echoed prompts with their log-probabilities take some hundred KiB.
+_MOST_BYTES = 64 << 20
 _PROBE = "The topic of this text is"
 _BUSY = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
 # How servers say that a prompt does not fit.
@@ -155,7 +157,7 @@ class EndpointClient(Judge):
         try:
             top = by_index(answer, 1)[0]["logprobs"]["content"][0]["top_logprobs"]
             alternatives = [(str(each["token"]), float(each["logprob"])) for each in top]
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
             raise BadAnswer(f"no log-probabilities of the answer's token ({type(error).__name__})") from error
         value = yes_no_reading(alternatives)
         return None if value is None else (value, 1), usage_of(answer)
@@ -252,7 +254,7 @@ class EndpointClient(Judge):
         async with self._session.request(
             method, url, json=body, headers=headers, proxy=_proxy(url), allow_redirects=False
         ) as response:
-            raw = await response.read()
+            raw = await _bounded(response)
             status, after = response.status, response.headers.get("Retry-After", "")
         said = self._redacted(message_of(raw))
         if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
@@ -276,7 +278,7 @@ class EndpointClient(Judge):
             raise BadAnswer(f"HTTP {status}: {said}")
         try:
             answer = json.loads(raw)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadAnswer(f"is not JSON: {said}") from error
         if not isinstance(answer, dict):
             raise BadAnswer(f"is no JSON object: {said}")
@@ -293,6 +295,16 @@ class EndpointClient(Judge):
         if isinstance(error, (BadAnswer, aiohttp.ClientError, OSError)):
             return "again"
         return "raise"
+
+
+async def _bounded(response: aiohttp.ClientResponse) -> bytes:
+    """The body, unpacked; a server must not be able to fill the memory of who asks it."""
+    raw = bytearray()
+    async for part in response.content.iter_chunked(1 << 16):
+        raw += part
+        if len(raw) > _MOST_BYTES:
+            raise BadAnswer(f"an answer of more than {_MOST_BYTES >> 20} MiB")
+    return bytes(raw)
 
 
 def _proxy(url: str) -> str | None:

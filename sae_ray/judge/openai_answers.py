@@ -6,9 +6,12 @@ import json
 import math
 from typing import Any
 
+from sae_ray.errors import printable
 from sae_ray.judge.asking import BadAnswer, Reading
 
 _SAID = 300
+# JSON has whole numbers that no float holds, infinities and NaN: no log-probability can be told from them.
+_LARGEST = 1e6
 
 
 def continuation_reading(
@@ -69,7 +72,7 @@ def by_index(answer: dict[str, Any], expected: int) -> list[dict[str, Any]]:
         )
     try:
         ordered = sorted(choices, key=lambda choice: int(choice["index"]))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise BadAnswer("choices without an index") from error
     if [choice["index"] for choice in ordered] != list(range(expected)):
         raise BadAnswer("choices whose indices are not those of the prompts")
@@ -87,7 +90,7 @@ def token_logprobs(choice: dict[str, Any]) -> tuple[list[str], list[float | None
         raise BadAnswer("tokens that are no text")
     if not all(value is None or isinstance(value, (int, float)) for value in values):
         raise BadAnswer("log-probabilities that are no numbers")
-    return tokens, values
+    return tokens, [value if value is not None and abs(value) <= _LARGEST else None for value in values]
 
 
 def usage_of(answer: dict[str, Any]) -> dict[str, int]:
@@ -108,6 +111,6 @@ def message_of(raw: bytes) -> str:
     try:
         error = json.loads(raw)["error"]
         text = str(error["message"] if isinstance(error, dict) else error)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         pass
-    return " ".join(text.split())[:_SAID]
+    return printable(" ".join(text.split())[:_SAID])

@@ -39,6 +39,9 @@ FIXED = (
     *("disable_log_stats", "enable_logging_iteration_details"),
 )
 
+# Those that hold a secret, and the environment variable for it: a config is written down.
+SECRETS = {"hf_token": "HF_TOKEN"}
+
 
 def judges_of(run: RunConfig) -> dict[Role, JudgeConfig]:
     """Every judge that the run names, by role. An explainer that is not named is the scorer itself.
@@ -98,6 +101,10 @@ def check_judge(cfg: JudgeConfig) -> None:
         if "://" in path:
             raise ValueError(f"judge.lora.{name} {path!r}: expected a folder that replicas see, or a Hugging Face id")
     for key in cfg.engine_kwargs:
+        if key in SECRETS:
+            raise ValueError(
+                f"judge.engine_kwargs.{key}: would stand in config.yaml; set {SECRETS[key]} where replicas run"
+            )
         if key in DECIDED:
             raise ValueError(f"judge.engine_kwargs.{key}: is decided by judge.{DECIDED[key]}")
         if key in FIXED:

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from sae_ray.errors import printable
+
 PLAIN_INTERVAL_S = 10.0
 
 
@@ -43,7 +45,7 @@ class JudgingProgress:
             self._bar.stop()
 
     def line(self, text: str) -> None:
-        self._console.print(Text(f"[{_clock(time.monotonic() - self._began)}] {text}"), soft_wrap=True)
+        self._console.print(Text(f"[{_clock(time.monotonic() - self._began)}] {printable(text)}"), soft_wrap=True)
 
     def say(self, text: str) -> None:
         if self._console.is_terminal:

@@ -69,7 +69,7 @@ def find_target(
         raise UserError(f"{path}: is a transcoder; `sae-ray judge` reads latents of SAEs that reconstruct their input")
     safe = re.sub(r"[^A-Za-z0-9._-]", "-", label).lstrip("._-") or "sae"
     run = run.model_copy(update={"name": name or f"judge-{safe}"[:100], "saes": []})
-    return Target(found.sae, RunConfig.model_validate(run.model_dump()), digest_of(found.sae))
+    return Target(found.sae, parse_config(run.model_dump(), "--name" if name else str(path)), digest_of(found.sae))
 
 
 def config_from(provenance: Provenance, path: Path, overrides: list[str]) -> RunConfig:

@@ -11,7 +11,7 @@ from rich.text import Text
 from sae_ray.activations.subject import load_tokenizer
 from sae_ray.config import RunConfig
 from sae_ray.config_file import load_config
-from sae_ray.errors import UserError
+from sae_ray.errors import UserError, printable
 from sae_ray.evidence.files import is_written, read_evidence
 from sae_ray.evidence.types import NEAR_MISS, SIBLING, Contexts, Example, LatentEvidence
 from sae_ray.judging import results
@@ -59,7 +59,9 @@ def _print(
     first = next(iter(scores.values()), None)
     if first is not None:
         console.print(
-            Text.assemble(("means: ", "dim"), (str(first["explanation"]), "bold cyan"), f"  ({first['explainer']})")
+            Text.assemble(
+                ("means: ", "dim"), (printable(str(first["explanation"])), "bold cyan"), f"  ({first['explainer']})"
+            )
         )
     table = Table(box=None, pad_edge=False)
     for heading in ("scorer", "value", "95% interval", "shuffled", "chance", "n"):

@@ -18,7 +18,8 @@ from aiohttp import web
 from sae_ray.config import JudgeConfig
 from sae_ray.errors import UserError
 from sae_ray.judge.endpoint import EndpointClient, continuation_reading, yes_no_reading
-from sae_ray.judge.prompts import explanation_continuation, likelihood_prompt
+from sae_ray.judge.openai_answers import token_logprobs
+from sae_ray.judge.prompts import explanation_continuation, likelihood_prompt, yes_no_prompt
 
 KEY = "sk-very-secret-0123456789"
 
@@ -207,6 +208,8 @@ GARBAGE = {
     "same index": wrong(lambda answer: {**answer, "choices": [answer["choices"][0]] * len(answer["choices"])}),
     "no logprobs": wrong(lambda answer: {**answer, "choices": [{**c, "logprobs": None} for c in answer["choices"]]}),
     "lengths": wrong(without_values),
+    "nested": {"text": "[" * 100_000},
+    "an index without end": {"text": '{"choices": [{"index": 1e999}]}'},
 }
 
 
@@ -400,3 +403,25 @@ def test_a_server_with_chat_only_can_be_asked_yes_or_no_and_a_wrong_address_cann
                 await question
 
     served(Nothing(), ask_nothing)
+
+
+def test_an_answer_that_would_fill_the_memory_is_not_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sae_ray.judge.endpoint._MOST_BYTES", 1 << 20)
+
+    async def ask(client: EndpointClient) -> EndpointClient:
+        assert await client.score(PAIRS[:1], "yes_no") == [pytest.approx(expected_log_odds(PAIRS[0]))]
+        return client
+
+    def expected_log_odds(pair: tuple[str, str]) -> float:
+        question = "".join(yes_no_prompt(*pair)[1:])
+        return -len(question) / 100 + 1.0
+
+    client = served(Server([{"text": "x" * (3 << 20)}]), ask)
+    assert client.counters.retries == 1
+
+
+def test_numbers_that_no_float_holds_are_missing() -> None:
+    tokens, values = token_logprobs(
+        {"logprobs": {"tokens": ["a", "b", "c"], "token_logprobs": [None, 10**400, -1e999]}}
+    )
+    assert (tokens, values) == (["a", "b", "c"], [None, None, None])

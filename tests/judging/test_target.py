@@ -116,3 +116,9 @@ def test_another_sae_has_another_digest():
 def test_a_path_that_is_neither_a_run_nor_an_sae_is_named(tmp_path):
     with pytest.raises(UserError, match="nowhere: no such run folder or SAE"):
         find_target(tmp_path / "nowhere", None, [])
+
+
+def test_a_name_that_leaves_the_runs_folder_is_refused(tmp_path):
+    path = exported(tmp_path, Provenance(MODEL, "blocks.9.hook_resid_post", 64))
+    with pytest.raises(UserError, match=r"--name: name = '\.\./out': a run name is"):
+        find_target(path, None, [], name="../out")

@@ -178,7 +178,7 @@ def _of_json(completion: str) -> str | None:
         return None
     try:
         answer, _ = json.JSONDecoder(strict=False).raw_decode(completion, start)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     phrase = answer.get("explanation") if isinstance(answer, dict) else None
     return phrase if isinstance(phrase, str) else None

@@ -301,7 +301,7 @@ def parse_option(answer: str, key: str, options: Sequence[str]) -> str | None:
         found = json.loads(answer)
         if isinstance(found, dict):
             return str(found[key]) if str(found.get(key)) in options else None
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     words = "|".join(re.escape(option) for option in options)
     match = re.search(rf"(?<![A-Za-z0-9])(?<![0-9][.,])({words})(?![A-Za-z0-9]|[.,][0-9])", answer)

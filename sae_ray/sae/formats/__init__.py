@@ -47,7 +47,10 @@ def read_sae(path: str | Path, format: str | None = None) -> Found:
     """`import_sae`, and where the SAE says that its inputs come from."""
     path = Path(path)
     format = format or detect(path)
-    return _format(format).read(path.parent if path.is_file() else path)
+    try:
+        return _format(format).read(path.parent if path.is_file() else path)
+    except RecursionError as error:  # JSON can be nested as deep as is allowed to be read, but not to be shown
+        raise UserError(f"{path}: its config is nested too deeply") from error
 
 
 def export_sae(sae: TrainedSAE, path: str | Path, format: str, provenance: Provenance) -> Path:

@@ -19,6 +19,9 @@ from sae_ray.errors import UserError
 from sae_ray.storage import LocalStorage
 
 Shapes = Mapping[str, tuple[str, ...]]
+_SAID = 300
+# Weights are noise to a compressor: what unpacks to so many times its size is no SAE but meant to fill the memory.
+_MOST_UNPACKED = 100
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -26,6 +29,8 @@ def read_json(file: Path) -> dict[str, Any]:
         found = json.loads(LocalStorage(file.parent).read(file.name))
     except ValueError as error:
         raise UserError(f"{file}: is not JSON: {error}") from error
+    except RecursionError as error:
+        raise UserError(f"{file}: is nested too deeply") from error
     if not isinstance(found, dict):
         raise UserError(f"{file}: holds a {type(found).__name__}, not an object")
     return found
@@ -40,18 +45,24 @@ def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
         return tensors_from_bytes(LocalStorage(file.parent).read(file.name))
     except SafetensorError as error:
         raise UserError(f"{file}: is not a safetensors file: {error}") from error
+    except Exception as error:  # a dtype that torch has not, a shape that the bytes do not fill: no common base
+        raise UserError(f"{file}: is not a safetensors file of tensors: {error!r}"[:_SAID]) from error
 
 
 def read_state_dict(file: Path) -> dict[str, torch.Tensor]:
     """A PyTorch file that holds nothing but named tensors."""
-    data = io.BytesIO(LocalStorage(file.parent).read(file.name))
+    data = LocalStorage(file.parent).read(file.name)
     try:
-        found = torch.load(data, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(io.BytesIO(data)):  # else what torch wrote before 1.6
+            _check_unpacked(file, data)
+        found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{file}: holds more than tensors; it would have to run code to be read, so it is not"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # of a spoiled file anything, from the interpreter of pickles and the zip reader
         raise UserError(f"{file}: is not a PyTorch file: {_first_line(error)}") from error
     if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise UserError(f"{file}: is not a dictionary of tensors")
@@ -59,12 +70,29 @@ def read_state_dict(file: Path) -> dict[str, torch.Tensor]:
 
 
 def read_npz(file: Path) -> dict[str, torch.Tensor]:
-    data = io.BytesIO(LocalStorage(file.parent).read(file.name))
+    data = LocalStorage(file.parent).read(file.name)
     try:
-        with np.load(data, allow_pickle=False) as arrays:
-            return {name: torch.from_numpy(arrays[name].astype(np.float32)) for name in arrays.files}
-    except (ValueError, OSError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        _check_unpacked(file, data)
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(_plain(arrays[name])) for name in arrays.files}
+    except UserError:
+        raise
+    except Exception as error:  # of a spoiled file anything, from the zip reader and the parser of headers
         raise UserError(f"{file}: is not an npz file of plain arrays: {_first_line(error)}") from error
+
+
+def _check_unpacked(file: Path, data: bytes) -> None:
+    """Refuses a zip that is meant to fill the memory. Its directory is to be trusted: no more than that is read."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+    if unpacked > _MOST_UNPACKED * len(data):
+        raise UserError(f"{file}: {len(data)} bytes that unpack to {unpacked}: weights do not compress so far")
+
+
+def _plain(array: np.ndarray) -> np.ndarray:
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"an array of {array.dtype}")
+    return array.astype(np.float32)
 
 
 def as_npz(tensors: dict[str, torch.Tensor]) -> bytes:
@@ -91,6 +119,7 @@ def checked(
         raise UserError(f"{file}: holds {', '.join(unknown)}, which would be ignored; known: {', '.join(shapes)}")
     known, out = dict(sizes), {}
     for name, axes in shapes.items():
+        _check_plain(file, name, found[name])
         shape = list(found[name].shape)
         if len(shape) != len(axes):
             raise UserError(f"{file}: {name} has shape {shape}, expected {len(axes)} axes")
@@ -103,6 +132,17 @@ def checked(
         if bad := int((~out[name].isfinite()).sum()):
             raise UserError(f"{file}: {name} holds {bad} values that are NaN or infinite")
     return out
+
+
+def _check_plain(file: Path, name: str, tensor: torch.Tensor) -> None:
+    """A file may say that a tensor is sparse, quantised, nowhere, or far larger than the numbers that it holds."""
+    plain = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_complex()
+    if not plain or tensor.device.type != "cpu":
+        raise UserError(
+            f"{file}: {name} is no plain tensor of numbers ({tensor.layout}, {tensor.dtype}, {tensor.device})"
+        )
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise UserError(f"{file}: {name} has shape {list(tensor.shape)}, but the file holds fewer numbers")
 
 
 def whole(file: Path, content: Mapping[str, Any], key: str, least: int = 1, most: int | None = None) -> int:

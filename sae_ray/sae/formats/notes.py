@@ -115,8 +115,10 @@ def restored(sae: TrainedSAE, notes: Any, file: Path) -> TrainedSAE:
         factor, k = float(notes["activation_factor"]), int(notes["k"])
         trained, centred = str(notes["architecture"]), bool(notes["subtract_b_dec"])
         input_norm, threshold = str(notes["input_norm"]), float(notes["threshold"] or 0)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{file}: its {KEY!r} notes cannot be read: {error!r}") from error
+    if not 0 <= k <= sae.d_sae:
+        raise UserError(f"{file}: {KEY}.k is {k}, expected 0 (not known) to {sae.d_sae} (the latents)")
     for name, value in (("input_scale", scale), ("output_scale", output_scale), ("activation_factor", factor)):
         if value is not None and not (math.isfinite(value) and value > 0):
             raise UserError(f"{file}: {KEY}.{name} is {value}; a scale is positive")

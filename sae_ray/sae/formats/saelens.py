@@ -136,7 +136,10 @@ def _sae(kind: str, config: dict[str, Any], config_file: Path, tensors: dict[str
     if kind == "topk":
         k = whole(config_file, config, "k", 1, len(tensors["W_dec"]))
     elif "topk_threshold" in tensors:
-        k = max(1, round(float(config.get("k") or 0)))  # theirs may be a fraction
+        fraction = _fraction(config.get("k") or 0)
+        if fraction is None:
+            raise UserError(f"{config_file}: k is {config['k']!r}, expected a number up to {len(tensors['W_dec'])}")
+        k = fraction
         threshold = tensors["topk_threshold"].clamp(min=0)
         threshold = just_above(threshold) if threshold > 0 else threshold
     elif "threshold" in tensors:
@@ -160,7 +163,8 @@ def _modern(config: dict[str, Any]) -> dict[str, Any]:
         return config
     out = {"architecture": "standard"} | config
     if (config.get("activation_fn") or config.get("activation_fn_str")) == "topk":
-        out |= {"architecture": "topk", "k": (config.get("activation_fn_kwargs") or {}).get("k")}
+        kwargs = config.get("activation_fn_kwargs")
+        out |= {"architecture": "topk", "k": kwargs.get("k") if isinstance(kwargs, dict) else None}
     if isinstance(config.get("normalize_activations"), bool):
         out["normalize_activations"] = "expected_average_only_in" if config["normalize_activations"] else "none"
     if "hook_z" in str(config.get("hook_name") or config.get("hook_point")):
@@ -173,11 +177,16 @@ def _modern(config: dict[str, Any]) -> dict[str, Any]:
 def _trained_by_saelens(sae: TrainedSAE, metadata: dict[str, Any]) -> TrainedSAE:
     """SAELens says beside a jumprelu that it was trained as a BatchTopK, and with which k."""
     details = metadata.get("training_architecture_details")
-    k = details.get("k") if isinstance(details, dict) else None
-    if not isinstance(k, (int, float)) or sae.architecture != "jumprelu":
+    k = _fraction(details.get("k")) if isinstance(details, dict) else None
+    if k is None or sae.architecture != "jumprelu":
         return sae
     trained = as_trained(sae, KINDS.get(str(metadata.get("training_architecture")), ("", {}))[0])
-    return replace(trained, k=max(1, round(k))) if trained.architecture != "jumprelu" else sae
+    return replace(trained, k=k) if trained.architecture != "jumprelu" else sae
+
+
+def _fraction(k: Any) -> int | None:
+    """Their k may be a fraction; None where it is no number that could be one."""
+    return max(1, round(k)) if isinstance(k, (int, float)) and 0 <= k < 1 << 31 else None
 
 
 def _provenance(metadata: dict[str, Any]) -> Provenance:
