@@ -28,6 +28,8 @@ from rich.table import Table
 
 import sae_ray.activations.stream as stream_module
 import sae_ray.controller as controller_module
+import sae_ray.telemetry as telemetry_module
+import sae_ray.trainer.pipeline as pipeline_module
 from sae_ray.activations.stream import BlockStream
 from sae_ray.config import RunConfig
 from sae_ray.config_file import parse_config
@@ -164,17 +166,24 @@ class DrivenController(Controller):
         self._round_wait_s = None
 
 
+class _Clock:
+    def __init__(self, ray: FakeRay) -> None:
+        self.monotonic = lambda: ray.now
+
+
 @contextmanager
 def stand_in(ray: FakeRay) -> Iterator[None]:
-    modules = (stream_module, controller_module)
-    real = [module.ray for module in modules]
-    for module in modules:
-        module.ray = ray  # type: ignore[attr-defined]
+    """Puts the stand-in, and its clock, where the driver's modules look for `ray` and `time`."""
+    modules = (stream_module, controller_module, pipeline_module, telemetry_module)
+    places = [(module, name) for module in modules for name in ("ray", "time") if hasattr(module, name)]
+    real = [getattr(module, name) for module, name in places]
+    for module, name in places:
+        setattr(module, name, ray if name == "ray" else _Clock(ray))
     try:
         yield
     finally:
-        for module, was in zip(modules, real, strict=True):
-            module.ray = was  # type: ignore[attr-defined]
+        for (module, name), was in zip(places, real, strict=True):
+            setattr(module, name, was)
 
 
 def config_of(producers: int, ranks: int, window_blocks: int | None) -> RunConfig:

@@ -86,6 +86,7 @@ class BlockStream:
         self._totals = dict.fromkeys(("blocks", "tokens", "duplicates", "reissued"), 0)
         self._seconds = dict.fromkeys(("seconds", "corpus_seconds", "forward_seconds"), 0.0)
         self._recent: deque[tuple[float, int]] = deque()
+        self._recent_tokens = 0
         self._dtype: str | None = None
         self._widths: dict[str, int] | None = None
 
@@ -207,6 +208,7 @@ class BlockStream:
         for name in self._seconds:
             self._seconds[name] += meta[name]
         self._recent.append((now, meta["tokens"]))
+        self._recent_tokens += meta["tokens"]
         return []
 
     # -- train blocks -----------------------------------------------------------------------------------
@@ -278,12 +280,12 @@ class BlockStream:
         reissued, restarts, and the producers' summed seconds, corpus_seconds and forward_seconds."""
         now = time.monotonic()
         while self._recent and self._recent[0][0] < now - _RATE_SPAN_S:
-            self._recent.popleft()
+            self._recent_tokens -= self._recent.popleft()[1]
         rate = None
         if len(self._recent) >= 2:
             # The first block only marks the start of the span.
             span = max(now - self._recent[0][0], 1e-9)
-            rate = (sum(tokens for _, tokens in self._recent) - self._recent[0][1]) / span
+            rate = (self._recent_tokens - self._recent[0][1]) / span
         return {
             "tokens_per_s": rate,
             "held": self._scheduler.n_held,

@@ -32,6 +32,7 @@ from sae_ray.config.sections import (
     SAEConfig,
     Seconds,
     Section,
+    Seed,
     TrainerConfig,
 )
 
@@ -58,6 +59,7 @@ __all__ = [
     "SAEVariant",
     "Seconds",
     "Section",
+    "Seed",
     "TrainerConfig",
 ]
 
@@ -80,7 +82,7 @@ class RunConfig(Section):
     """One run: everything that decides its numbers, and where it runs."""
 
     name: str
-    seed: int = 0
+    seed: Seed = 0
     runs_dir: str = "runs"
     ray: RayConfig = RayConfig()
     model: ModelConfig = ModelConfig()
