@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from sae_ray.config.sections import Dtype, Fraction, Positive, Seconds, Section, Seed
+from sae_ray.config.sections import Dtype, Fraction, Positive, Seconds, Section
 
 
 class AutoscalingConfig(Section):
@@ -38,7 +38,7 @@ class CalibrationConfig(Section):
     concepts: Positive = Field(12, description="planted concepts, found in the corpus itself")
     texts_per_concept: Positive = Field(4)
     min_auroc: Fraction = Field(0.6, description="a judge whose AUROC is not above this with its interval is at chance")
-    seed: Seed = 0
+    seed: int = 0
 
 
 class JudgeConfig(Section):
