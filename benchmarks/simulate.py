@@ -123,9 +123,15 @@ def fit(config: dict[str, Any], found: Measured, cores: float | None) -> Rates:
     if not loop.rlaif_steps:
         solve = _solved(loop, "block_s", lambda outcome: outcome.phases["reconstruction"])
         return solve(rates, found.phases["reconstruction"])
-    rates = replace(rates, latent_s=1.0, later_latent_s=1.0, calibration_s=1.0)
+    # Where the calibration reached into the evidence phase, the producers had only a share of the cores.
+    both = loop.producers * rates.producer_threads + rates.replica_threads
+    overlap = min(max(0.0, (found.calibrated_s or 0.0) - found.phases["reconstruction"]), found.phases["evidence"])
+    lost = overlap * (1 - min(1.0, cores / both)) if cores else 0.0
+    rates = replace(rates, latent_s=1.0, later_latent_s=1.0)
     for _ in range(2):
-        rates = _solved(loop, "block_s", lambda outcome: outcome.phases["evidence"])(rates, found.phases["evidence"])
+        idle = replace(rates, calibration_s=0.0)
+        solve = _solved(loop, "block_s", lambda outcome: outcome.phases["evidence"])
+        rates = replace(rates, block_s=solve(idle, found.phases["evidence"] - lost).block_s)
         if found.segments:
             rates = _solved(loop, "step_s", lambda outcome: outcome.segments[0][1])(rates, found.segments[0][1])
         rates = _solved(loop, "latent_s", lambda outcome: outcome.rounds[0])(rates, found.rounds[0])
