@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test lint format clean lock
+.PHONY: quickstart test lint format clean lock dashboard
 
 quickstart: $(VENV)/.run-ready
 	$(BIN)/sae-ray train jobs/quickstart.yaml
@@ -39,6 +39,10 @@ $(VENV)/.dev-ready: $(VENV)/.run-ready docker/requirements-dev.lock docker/requi
 
 lock:
 	docker/lock.sh
+
+# Needs jq.
+dashboard:
+	jq -n -f cluster/grafana/dashboard.jq > cluster/grafana/dashboards/sae-ray.json
 
 clean:
 	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
