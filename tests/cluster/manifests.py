@@ -14,6 +14,7 @@ from schemas import SCHEMAS
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
 KUBERAY = CLUSTER / "kuberay"
+CLUSTERFILE, SERVICEFILE = KUBERAY / "cluster/raycluster.yaml", KUBERAY / "judges/rayservice.yaml"
 Document = dict[str, Any]
 
 
@@ -85,3 +86,16 @@ def ray_pods(spec: Document) -> Iterator[tuple[str, Document]]:
     yield "head", spec["headGroupSpec"]["template"]
     for group in spec["workerGroupSpecs"]:
         yield group["groupName"], group["template"]
+
+
+def changed(document: Any, path: str, value: Any) -> Any:
+    """A copy with `value` at the dotted `path` ("0" is a list's first element); `...` removes."""
+    copied = node = copy.deepcopy(document)
+    *parents, leaf = path.split(".")
+    for parent in parents:
+        node = node[int(parent)] if isinstance(node, list) else node[parent]
+    if value is ...:
+        del node[leaf]
+    else:
+        node[leaf] = value
+    return copied

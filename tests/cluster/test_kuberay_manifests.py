@@ -1,12 +1,8 @@
-"""cluster/kuberay against schemas of its kinds, against Ray's own reading of it, and against the code that it runs."""
+"""cluster/kuberay against the schemas of its kinds: pods, network, kustomize; each check is shown to find a fault."""
 
 from __future__ import annotations
 
 import ast
-import copy
-import itertools
-import json
-import shlex
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -16,33 +12,25 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from manifests import CLUSTER, KUBERAY, ROOT, check, cluster_specs, documents, only, ray_pods, rendered
+from manifests import (
+    CLUSTER,
+    CLUSTERFILE,
+    KUBERAY,
+    ROOT,
+    SERVICEFILE,
+    changed,
+    check,
+    cluster_specs,
+    documents,
+    only,
+    ray_pods,
+    rendered,
+)
 from pod_rules import faults
-from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
-from ray.serve.schema import DeploymentSchema, ServeDeploySchema
-
-from sae_ray.config import AutoscalingConfig, JudgeConfig
-from sae_ray.config_file import load_config
-from sae_ray.errors import UserError
-from sae_ray.judge.deploy import llm_config
 
 FILES = sorted(KUBERAY.rglob("*.yaml"))
-CLUSTERFILE, SERVICEFILE = KUBERAY / "cluster/raycluster.yaml", KUBERAY / "judges/rayservice.yaml"
 SPECS = [spec for path in (CLUSTERFILE, SERVICEFILE) for spec in cluster_specs(only(path))]
 PODS = [pytest.param(*pod, id=f"{n}-{pod[0]}") for n, spec in enumerate(SPECS) for pod in ray_pods(spec)]
-
-
-def changed(document: Any, path: str, value: Any) -> Any:
-    """A copy with `value` at the dotted `path` ("0" is a list's first element); `...` removes."""
-    copied = node = copy.deepcopy(document)
-    *parents, leaf = path.split(".")
-    for parent in parents:
-        node = node[int(parent)] if isinstance(node, list) else node[parent]
-    if value is ...:
-        del node[leaf]
-    else:
-        node[leaf] = value
-    return copied
 
 
 # -- schemas ------------------------------------------------------------------------------------------
@@ -162,44 +150,6 @@ def test_so_have_the_nodes_of_every_other_cluster(place: str) -> None:
     assert not [f"{name}={value}" for name, value in session_settings().items() if f"{name}={value}" not in text]
 
 
-# -- the autoscaler -----------------------------------------------------------------------------------
-
-
-def read_by_autoscaler(spec: Any) -> dict[str, Any]:
-    """The node types that Ray's autoscaler makes of a cluster, as it does beside the head."""
-    cluster = {"metadata": {"name": "sae-ray", "namespace": "sae-ray"}, "spec": copy.deepcopy(spec)}
-    return _derive_autoscaling_config_from_ray_cr(cluster)["available_node_types"]
-
-
-def test_the_autoscaler_sees_a_group_for_each_role_that_starts_at_none() -> None:
-    types = read_by_autoscaler(SPECS[0])
-    head = types.pop("headgroup", None) or types.pop("head-group")
-    assert head["resources"]["CPU"] == 0  # whatever computes goes elsewhere
-    assert {name: each["labels"] for name, each in types.items()} == {
-        "producers": {"sae-ray/role": "producer"},
-        "trainers": {"sae-ray/role": "trainer"},
-        "judges": {"sae-ray/role": "judge"},
-    }
-    for name, role in (("producers", "producer"), ("trainers", "trainer"), ("judges", "judge")):
-        assert types[name]["min_workers"] == 0 < types[name]["max_workers"]
-        assert types[name]["resources"][role] == 1
-    assert {name: each["resources"]["GPU"] for name, each in types.items()} == {
-        "producers": 1,
-        "trainers": 4,
-        "judges": 1,
-    }
-
-
-def test_the_autoscaler_refuses_a_cluster_whose_groups_it_cannot_read() -> None:
-    for path, value in (
-        ("minReplicas", "none"),
-        ("labels", {"sae-ray/role": "a judge"}),
-        ("resources", {"CPU": "half"}),
-    ):
-        with pytest.raises((ValueError, TypeError, jsonschema.ValidationError)):
-            read_by_autoscaler(changed(SPECS[0], f"workerGroupSpecs.2.{path}", value))
-
-
 # -- the network --------------------------------------------------------------------------------------
 
 POLICIES = [doc for path in FILES for doc in documents(path) if doc["kind"] == "NetworkPolicy"]
@@ -270,79 +220,6 @@ def test_metrics_are_scraped_of_every_ray_pod() -> None:
             named = {each["name"]: each["containerPort"] for each in template["spec"]["containers"][0]["ports"]}
             assert key in template["metadata"]["labels"]
             assert ports == {str(named[endpoint["port"]])}
-
-
-# -- what runs on it ----------------------------------------------------------------------------------
-
-
-def config_of(entrypoint: str) -> Any:
-    """The run config that a `sae-ray train` command line means."""
-    program, command, file, *options = shlex.split(entrypoint)
-    assert (program, command) == ("sae-ray", "train")
-    overrides = [value for flag, value in itertools.pairwise(options) if flag == "--set"]
-    assert {each for each in options if each.startswith("--")} <= {"--set", "--verbose", "--fresh"}
-    return load_config(ROOT / Path(file).relative_to("/app"), overrides)
-
-
-def test_the_job_trains_a_config_of_the_image_on_this_cluster() -> None:
-    job, cluster = only(KUBERAY / "rayjob.yaml"), only(CLUSTERFILE)
-    config = config_of(job["spec"]["entrypoint"])
-    assert config.ray.address == "auto"
-    mounts = cluster["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["volumeMounts"]
-    assert config.runs_dir in [mount["mountPath"] for mount in mounts]
-    assert job["spec"]["clusterSelector"] == {"ray.io/cluster": cluster["metadata"]["name"]}
-    types = read_by_autoscaler(cluster["spec"])
-    assert config.trainer.tp * config.trainer.gpus <= types["trainers"]["resources"]["GPU"]
-    assert config.activations.gpus <= types["producers"]["resources"]["GPU"]
-    assert config.judge.gpus <= types["judges"]["resources"]["GPU"]
-    with pytest.raises(UserError, match=r"ray\.adress"):
-        config_of(job["spec"]["entrypoint"].replace("ray.address", "ray.adress"))
-
-
-def served() -> dict[str, Any]:
-    return yaml.safe_load(only(SERVICEFILE)["spec"]["serveConfigV2"])
-
-
-def test_serve_takes_the_judges_config_and_refuses_a_wrong_one() -> None:
-    config = served()
-    ServeDeploySchema.model_validate(config)
-    (app,) = config["applications"]
-    for options in (app["args"]["llm_configs"][0]["deployment_config"], app["args"]["ingress_deployment_config"]):
-        DeploymentSchema.model_validate({"name": "one", **options})
-        with pytest.raises(ValueError, match="min_replica"):
-            DeploymentSchema.model_validate(
-                {"name": "one", "autoscaling_config": {"min_replicas": 3, "max_replicas": 2}}
-            )
-    for path, value in (("proxy_location", "Everywhere"), ("applications.0.route_prefix", "v1"), ("http_option", {})):
-        with pytest.raises(ValueError, match=path.split(".")[-1]):
-            ServeDeploySchema.model_validate(changed(config, path, value))
-
-
-def test_the_served_judge_is_set_up_as_a_run_would_set_it_up() -> None:
-    (args,) = [app["args"] for app in served()["applications"]]
-    (written,) = args["llm_configs"]
-    ours = llm_config(
-        JudgeConfig(
-            model=written["model_loading_config"]["model_source"],
-            gpus=1,
-            autoscaling=AutoscalingConfig(min_replicas=0, initial_replicas=0, max_replicas=8, max_queued_requests=256),
-        )
-    )
-    for key in ("accelerator_config", "placement_group_config", "log_engine_metrics", "model_loading_config"):
-        assert written[key] == ours[key], key
-    # A router that our client steers by session, and statistics that our server reads, are no use behind OpenAI's API.
-    deployment = {k: v for k, v in ours["deployment_config"].items() if k not in ("name", "request_router_config")}
-    engine = {
-        k: v
-        for k, v in ours["engine_kwargs"].items()
-        if k not in ("disable_log_stats", "enable_logging_iteration_details")
-    }
-    assert written["deployment_config"] == deployment
-    assert written["engine_kwargs"] == engine
-    assert json.loads(json.dumps(written)) == written
-    # With no judge running the way in must not need a node either.
-    assert args["ingress_deployment_config"]["ray_actor_options"] == {"num_cpus": 0}
-    assert args["ingress_deployment_config"]["autoscaling_config"]["min_replicas"] > 0
 
 
 # -- kustomize ----------------------------------------------------------------------------------------
