@@ -20,7 +20,8 @@ Document = dict[str, Any]
 
 def documents(path: Path) -> list[Document]:
     """The YAML documents of a file; comments alone make none."""
-    return [each for each in yaml.safe_load_all(path.read_text(encoding="utf-8")) if each is not None]
+    found = yaml.load_all(path.read_text(encoding="utf-8"), yaml.CSafeLoader)  # ten times as fast as safe_load_all
+    return [each for each in found if each is not None]
 
 
 def only(path: Path) -> Document:

@@ -35,7 +35,8 @@ def strings(node: Any) -> list[str]:
     if isinstance(node, dict):
         return [found for value in node.values() for found in strings(value)]
     if isinstance(node, list):
-        line = [" ".join(node)] if all(isinstance(each, str) for each in node) else []
+        # Words of one command, unless they are commands themselves.
+        line = [" ".join(node)] if all(isinstance(each, str) and " " not in each for each in node) else []
         return line + [found for each in node for found in strings(each)]
     return [node] if isinstance(node, str) else []
 
@@ -69,7 +70,7 @@ def test_the_launcher_takes_the_cluster() -> None:
     ],
 )
 def test_the_launcher_refuses_a_mistake(section: dict[str, Any], value: str) -> None:
-    with pytest.raises((jsonschema.ValidationError, ValueError), match=value):
+    with pytest.raises((jsonschema.ValidationError, ValueError, KeyError), match=value):
         validate_config(prepare_config({**copy.deepcopy(only(AWS)), **section}))
 
 

@@ -124,14 +124,15 @@ def test_the_names_are_those_that_rays_agent_exposes(monkeypatch: pytest.MonkeyP
 
     reader = PrometheusMetricReader()
     recorder = OpenTelemetryMetricRecorder(gauge_metric_ttl_seconds=60)
-    recorder.meter = MeterProvider(metric_readers=[reader]).get_meter("test")
+    provider = MeterProvider(metric_readers=[reader], shutdown_on_exit=False)
+    recorder.meter = provider.get_meter("test")
     made = registered(monkeypatch)
     for name, (kind, tags) in made.items():
         more = {"buckets": [0.1, 1.0]} if kind == "Histogram" else {}
         getattr(recorder, f"register_{kind.lower()}_metric")(name, "a description", **more)
         recorder.set_metric_value(name, dict.fromkeys(tags, "x"), 1.0)
     text = generate_latest().decode()
-    reader.shutdown()
+    provider.shutdown()
     for name, labels in series(made).items():
         (line,) = [line for line in text.splitlines() if re.match(rf"{name}{{", line)][:1]
         assert {f'{label}="' in line for label in labels} == {True}
