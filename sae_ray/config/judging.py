@@ -134,6 +134,9 @@ class RLAIFConfig(Section):
     round_timeout_s: Seconds = Field(900, description="how long a round may take before the run says the judges hang")
     max_context_share: Fraction = Field(0.5, description="latents active in more contexts than this are not judged")
     control: bool = Field(False, description="train a copy with gamma 0 on the same batches, to compare with")
+    shuffle_verdicts: bool = Field(
+        False, description="control: what teaches is the verdicts of each kind of text dealt anew over all latents"
+    )
 
 
 class EvaluationConfig(Section):
@@ -152,7 +155,10 @@ class EvaluationConfig(Section):
 class JudgingConfig(Section):
     """`sae-ray judge`: which evidence is collected, who explains, and what is measured."""
 
-    blocks: Positive = Field(64, description="blocks of the evidence split that the evidence comes from")
+    blocks: Positive = Field(64, description="blocks that the evidence comes from")
+    split: Literal["evidence", "heldout"] = Field(
+        "evidence", description="texts that are judged on; heldout: for SAEs whose rewards came from the evidence split"
+    )
     top: Positive = Field(20, description="strongest contexts kept per latent and side")
     quantiles: Positive = Field(10, description="activation quantile groups, each sampled alike")
     per_quantile: Positive = Field(6, description="contexts kept per quantile group and side")

@@ -21,7 +21,6 @@ from sae_ray.activations.block import Block
 from sae_ray.activations.stream import BlockStream
 from sae_ray.activations.subject import load_full_model, load_tokenizer
 from sae_ray.config import RunConfig
-from sae_ray.corpus.reader import Split
 from sae_ray.errors import RunInterrupted, UserError
 from sae_ray.evidence.collect import EvidenceCollector
 from sae_ray.evidence.files import is_written, write_evidence
@@ -35,7 +34,6 @@ from sae_ray.session import Deadline, Interrupt
 from sae_ray.storage import LocalStorage, aws_environment
 
 POLL_S = 1.0
-SPLIT: Split = "evidence"
 CALIBRATION_LATENTS = 256  # whose densities the null and the baselines take over
 
 
@@ -153,7 +151,7 @@ def gather(
         UserError: a producer or a gatherer failed, or no block came within the time limit.
         RunInterrupted: nothing of the pass is kept.
     """
-    settings, split = config.judging, SPLIT
+    settings, split = config.judging, config.judging.split
     sae_ref = ray.put(sae)
     actor: Any = ray.remote(Gatherer)
     shards = [part.tolist() for part in np.array_split(np.array(latents), min(settings.shards, len(latents)))]

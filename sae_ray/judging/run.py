@@ -239,6 +239,8 @@ def _numbers(config: RunConfig) -> dict[str, Any]:
         sections["judge" if role == SCORER else f"judges.{role}"] = about
     for key in ("shards", "batch_latents", "batch_timeout_s"):
         del sections["judging"][key]
+    if config.judging.split == "evidence":  # as in judgings of versions that knew no other
+        del sections["judging"]["split"]
     flat = {"seed": sections.pop("seed")}
     return flat | {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
 

@@ -126,7 +126,8 @@ class RewardDesk:
                 f"rlaif: round {number} found no latent that could be judged ({len(latents)} chosen, {len(plans)} "
                 "planned); more evidence_blocks or fewer positives would give each latent more active contexts"
             )
-        batch = reward_batch(number, step, rewards, rows, self.judge.rates)
+        deal = np.random.default_rng([self.config.seed, 10, number]) if self.config.rlaif.shuffle_verdicts else None
+        batch = reward_batch(number, step, rewards, rows, self.judge.rates, deal)
         credited = [reward for reward in rewards if reward.credit_weight > 0]
         summary = {
             "judged_at_step": step,
@@ -236,8 +237,13 @@ def reward_batch(
     rewards: list[LatentReward],
     rows: list[dict[str, Any]],
     rates: tuple[float, float],
+    deal: np.random.Generator | None = None,
 ) -> RewardBatch:
-    """What the ranks need of a round: the verdicts on each latent's winning explanation, and how far to trust them."""
+    """What the ranks need of a round: the verdicts on each latent's winning explanation, and how far to trust them.
+
+    Args:
+        deal: deals the verdicts of each kind of text anew over all latents: a control that keeps their rates.
+    """
     ordered = sorted(rewards, key=lambda reward: reward.latent)
     trust = np.array([reward.credit_weight for reward in ordered])
     winning = {(reward.latent, reward.explanation) for reward in rewards}
@@ -250,6 +256,11 @@ def reward_batch(
     def column(key: str, dtype: Any) -> np.ndarray:
         return np.array([row[key] for row in known], dtype=dtype)
 
+    verdict = (column("probability", np.float32) >= 0.5).astype(np.float32)
+    if deal is not None:
+        kind = column("kind", str)
+        for which in sorted(set(kind)):
+            verdict[kind == which] = deal.permutation(verdict[kind == which])
     return RewardBatch(
         round=number,
         sae_step=step,
@@ -258,7 +269,7 @@ def reward_batch(
         credit_weight=(trust / max(1, (trust > 0).sum())).astype(np.float32),
         row_latent=column("latent", np.int64),
         row_context=column("context", np.int64),
-        row_verdict=(column("probability", np.float32) >= 0.5).astype(np.float32),
+        row_verdict=verdict,
         row_active=column("active", bool),
         row_weight=column("weight", np.float32),
         row_token=column("token", np.int64),
