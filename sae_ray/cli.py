@@ -155,7 +155,12 @@ def store(
 def export_(
     run: Annotated[Path, typer.Argument(help="run folder", show_default=False)],
     out: Annotated[Path, typer.Argument(help="folder to write", show_default=False)],
-    format: Annotated[str, typer.Option(help="saelens, sparsify, dictionary_learning, gemma_scope")] = "saelens",
+    format: Annotated[
+        str,
+        typer.Option(
+            help="saelens, sparsify, dictionary_learning, gemma_scope, or same: that of sae.init_from, in its units"
+        ),
+    ] = "saelens",
     sae: Annotated[str, typer.Option(help="which of the run's SAEs")] = "main",
     step: Annotated[int | None, typer.Option(help="of the checkpoint [default: the last]")] = None,
 ) -> None:
@@ -164,9 +169,10 @@ def export_(
 
     settings = _at(load_config(resolved_path(run)), run)
     from sae_ray.sae.formats import export_sae
-    from sae_ray.sae.formats.of_run import sae_of_run
+    from sae_ray.sae.formats.of_run import as_exported, sae_of_run
 
     at_step, found = sae_of_run(settings, sae, step)
+    format, found = as_exported(settings, sae, format, found)
     export_sae(found.sae, out, format, found.provenance)
     _say(f"{out}: {format}, {found}, from {sae} of {run} at step {at_step}")
 

@@ -98,6 +98,8 @@ class Controller:
             self.progress.phase("reconstruction", f"{config.trainer.steps} steps")
             self._train_until(config.trainer.steps)
             self._save(pin="reconstruction")
+        elif not config.trainer.steps and checkpoint.latest(checkpoint.home(config)) is None:
+            self._save(pin="reconstruction")  # the SAE that was brought along, to compare with
         if config.rlaif.enabled and self.submitted_step < config.total_steps:
             self._rlaif_phase()
         self._finish_save()

@@ -23,7 +23,7 @@ HASHED_BYTES = 2 << 30
 
 # Sections and keys that change where or how fast a run goes, not its numbers: a resumed run may change them.
 FREE_ON_RESUME = (
-    *("runs_dir", "ray", "evaluation", "rlaif.round_timeout_s"),
+    *("runs_dir", "ray", "evaluation", "rlaif.round_timeout_s", "sae.export"),
     *(f"judge.{key}" for key in ("app", "autoscaling", "cpus", "gpus", "threads", "max_in_flight", "max_attempts")),
     *(f"judge.{key}" for key in ("start_timeout_s", "deadline_s", "stall_timeout_s", "api_key_env")),
     *(
@@ -45,6 +45,7 @@ def preflight(config: RunConfig) -> None:
     check_address(config.ray)
     check_sources(config)
     check_init_from(config)
+    check_export(config)
     check_judges(config)
 
 
@@ -113,6 +114,23 @@ def check_init_from(config: RunConfig) -> None:
             where = "" if name == "main" else f"saes {name}: "
             key = "" if str(error).startswith("sae.init_from") else "sae.init_from: "
             raise UserError(f"{where}{key}{error}") from error
+
+
+def check_export(config: RunConfig) -> None:
+    """Refuses a format under `sae.export` that cannot express what will be trained.
+
+    Raises:
+        UserError: names the key and what the format lacks.
+    """
+    from sae_ray.sae.formats import FORMATS
+    from sae_ray.sae.formats.of_run import SAME, shape_of
+
+    for name, spec in config.specs().items():
+        if spec.sae.export not in (None, SAME):
+            reason = FORMATS[str(spec.sae.export)].refusal(shape_of(spec), spec.hook_out is not None)
+            if reason is not None:
+                where = "" if name == "main" else f"saes {name}: "
+                raise UserError(f"{where}sae.export {spec.sae.export}: the format cannot express {reason}")
 
 
 def check_judges(config: RunConfig, asked: Collection[Role] | None = None) -> None:

@@ -9,13 +9,14 @@ from rich.console import Console
 from sae_ray.config import RunConfig
 from sae_ray.controller import Controller
 from sae_ray.errors import UserError
-from sae_ray.evaluation.evaluator import BEFORE, RLAIF, find_saes
 from sae_ray.evaluation.run import evaluate, print_results
 from sae_ray.report.render import render_report
-from sae_ray.sae.formats import Provenance, export_sae
+from sae_ray.sae.formats import export_sae
+from sae_ray.sae.formats.of_run import as_exported, sae_of_run
 from sae_ray.session import Interrupt, ray_session
 from sae_ray.telemetry import Progress, RunLog, RunStatus
 from sae_ray.trainer import checkpoint
+from sae_ray.variants import MAIN
 
 
 def run_training(config: RunConfig, verbose: bool = False) -> None:
@@ -55,24 +56,19 @@ def run_training(config: RunConfig, verbose: bool = False) -> None:
 
 
 def export(config: RunConfig, say: Callable[[str], object]) -> None:
-    """Writes every SAE of a run in SAELens's format: main's last version into `saelens/`, others beside it.
+    """Writes each SAE of a run, as its last checkpoint holds it, in the format that its `sae.export` names.
+
+    Main goes into the folder `FORMAT/`, the others into `FORMAT-NAME/`.
 
     Args:
-        say: told about an SAE that SAELens cannot express.
+        say: told about an SAE that its format cannot express, or whose `sae.init_from` is gone.
     """
-    saes = find_saes(config)
-    variants = {name: placed for name, placed in saes.items() if name in config.specs()}
-    main = next(saes[name] for name in (RLAIF, BEFORE) if name in saes)
-    for name, placed in ({"": main} | variants).items():
-        provenance = Provenance(
-            config.model.name,
-            placed.hook.name,
-            config.corpus.context_length,
-            config.corpus.dataset or config.corpus.kind,
-            placed.hook_out.name if placed.hook_out else None,
-        )
-        folder = config.run_dir / (f"saelens-{name}" if name else "saelens")
+    for name, spec in config.specs().items():
+        if spec.sae.export is None:
+            continue
         try:
-            export_sae(placed.sae, folder, "saelens", provenance)
+            format, found = as_exported(config, name, spec.sae.export, sae_of_run(config, name)[1])
+            folder = config.run_dir / (format if name == MAIN else f"{format}-{name}")
+            export_sae(found.sae, folder, format, found.provenance)
         except UserError as error:
-            say(f"{name or 'main'} is not exported to {folder}: {error}")
+            say(f"{name} is not exported: {error}")

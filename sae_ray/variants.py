@@ -85,6 +85,7 @@ def check_specs(run: RunConfig) -> None:
                 f"{where}hook_out {spec.hook_out.name} does not lie behind {where}hook {spec.hook.name}: a transcoder "
                 "reconstructs a later hook point"
             )
+    _check_start(run)
     _check_judged(run)
 
 
@@ -125,6 +126,21 @@ def _check_widths(spec: SAESpec, tp: int, where: str) -> None:
         raise ValueError(
             f"{where}sae.d_sae {spec.sae.d_sae} is not divisible by trainer.tp {tp}; {below} or {below + tp} would be"
         )
+
+
+def _check_start(run: RunConfig) -> None:
+    """Without a reconstruction phase there must be something to fine-tune, and something that does it."""
+    if run.trainer.steps:
+        return
+    if not run.rlaif.enabled:
+        raise ValueError("trainer.steps 0 and rlaif.enabled false: nothing would be trained")
+    for index, spec in enumerate(run.specs().values()):
+        if spec.sae.init_from is None:
+            where = f"saes[{index - 1}]." if index else ""
+            raise ValueError(
+                f"trainer.steps 0: RLAIF would begin on an SAE that knows nothing; name a trained one in "
+                f"{where}sae.init_from, or set trainer.steps"
+            )
 
 
 def _check_judged(run: RunConfig) -> None:

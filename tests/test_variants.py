@@ -118,3 +118,16 @@ def test_what_judges_cannot_be_asked_about_is_refused_before_it_trains(sections,
     judged_main = {"rlaif": {}, "evaluation": {}}
     sae = {"sae": sections["sae"]} if "sae" in sections else {"hook_out": sections["hook_out"]}
     assert list(run([{"name": "beside", **sae}], **judged_main).specs()) == ["main", "beside"]
+
+
+def test_without_a_reconstruction_phase_every_sae_starts_from_a_trained_one():
+    tuned = {"trainer": {"steps": 0}, "rlaif": {}, "evaluation": {"latents": 0}}
+    start = {"sae": {"init_from": "there"}}
+    with pytest.raises(UserError, match=r"trainer\.steps 0: .* name a trained one in sae\.init_from"):
+        run([], **tuned)
+    with pytest.raises(UserError, match=r"name a trained one in saes\[0\]\.sae\.init_from"):
+        run([{"name": "new", "sae": {"init_from": None}}], **tuned, **start)
+    with pytest.raises(UserError, match=r"trainer\.steps 0 and rlaif\.enabled false: nothing would be trained"):
+        run([], **{**tuned, "rlaif": {"enabled": False}}, **start)
+    config = run([{"name": "too"}], **tuned, **start)
+    assert config.total_steps == config.rlaif.steps

@@ -165,6 +165,11 @@ class SAEConfig(Section):
     init_from: str | None = Field(
         None, description="an SAE folder or file of any format that `sae-ray import` reads, to fine-tune"
     )
+    export: Literal["same", "saelens", "sparsify", "dictionary_learning", "gemma_scope"] | None = Field(
+        "same",
+        description="format that the run ends by writing; same: that of init_from, in its units (saelens without one); "
+        "null: none",
+    )
     aux_k: Annotated[int, Field(ge=0)] = Field(
         64, description="dead latents that AuxK revives per token; 0 turns it off"
     )
@@ -200,7 +205,9 @@ class TrainerConfig(Section):
     dp: Positive = 1
     tp: Positive = 2
     batch_tokens: Positive = Field(1024, description="tokens per step over all dp ranks")
-    steps: Positive = Field(400, description="steps of the reconstruction phase")
+    steps: Annotated[int, Field(ge=0)] = Field(
+        400, description="steps of the reconstruction phase; 0: RLAIF begins at once, with sae.init_from"
+    )
     lr: Annotated[float, Field(gt=0)] = 4e-4
     warmup_steps: Annotated[int, Field(ge=0)] = 20
     decay: Literal["linear", "cosine"] = "linear"

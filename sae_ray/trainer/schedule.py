@@ -11,10 +11,13 @@ def learning_rate(step: int, cfg: TrainerConfig) -> float:
     """Learning rate of the step after `step` completed ones.
 
     Linear warm-up over `warmup_steps`, constant, linear or cosine decay to `lr_final` over the last
-    `decay_fraction` of the reconstruction phase, then `lr_final` (the RLAIF phase).
+    `decay_fraction` of the reconstruction phase, then `lr_final` (the RLAIF phase;
+    with a warm-up of its own where it is the first).
     """
     if step >= cfg.steps:
-        return cfg.lr_final
+        # Without a reconstruction phase the optimiser's moments are new when RLAIF begins.
+        warms_up = not cfg.steps and step < cfg.warmup_steps
+        return cfg.lr_final * (step + 1) / cfg.warmup_steps if warms_up else cfg.lr_final
     decay_steps = cfg.decay_fraction * cfg.steps
     rate = cfg.lr
     if decays(step, cfg):

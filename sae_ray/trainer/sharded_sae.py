@@ -170,7 +170,7 @@ class ShardedTrainer:
             apply_deltas(asked(credit, "deltas", params, self._gate_threshold()), params)
 
         fvu, reconstruction, aux, penalty, _, cut, _ = totals.unbind()
-        memory = THRESHOLD_MEMORY if self.steps_done else 0.0
+        memory = THRESHOLD_MEMORY if self.steps_done or self.sae.init_from is not None else 0.0
         self.threshold.mul_(memory).add_((1 - memory) * cut.float())
         self._move_price(l0, context.k)
         self.steps_done += 1
@@ -402,3 +402,13 @@ class ShardedTrainer:
         target_TO = raw_TD if target_TO is None else target_TO.to(self.mesh.device, self.dtype)
         self._measure_scales(raw_TD, target_TO)
         warm_start(self, sae)
+        if self.architecture.ranks and not float(self.threshold):
+            self._measure_threshold(self.scaled(raw_TD))
+
+    def _measure_threshold(self, x_TD: torch.Tensor) -> None:
+        """The running threshold of an SAE whose file says none, as a first step would find it: credit counts in it."""
+        sample_TD = x_TD[: min(len(x_TD), self.cfg.batch_tokens)]
+        low, high = self.mesh.rows(len(sample_TD))
+        context = self._context(len(sample_TD))
+        cut = self.architecture.forward(self._encoder(sample_TD[low:high]), self.own, context).threshold
+        self.threshold.copy_(self.collectives.sum_dp(cut.to(self.dtype) * ((high - low) / len(sample_TD))))

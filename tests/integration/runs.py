@@ -10,9 +10,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
+from sae_ray.activations.block import Block
+from sae_ray.activations.producer import ActivationProducer
+from sae_ray.config import RunConfig
+from sae_ray.sae.inference import TrainedSAE
 from sae_ray.telemetry import read_jsonl
+from sae_ray.trainer.collectives import Collectives
+from sae_ray.trainer.mesh import Mesh
+from sae_ray.trainer.sharded_sae import ShardedTrainer
 
 TINY: dict[str, Any] = {
     "name": "tiny",
@@ -79,3 +87,16 @@ def wait_for(condition: Any, process: subprocess.Popen[str], timeout: float = 20
         assert process.poll() is None, f"the run ended early: {process.communicate()}"
         assert time.monotonic() < ends, "waited too long"
         time.sleep(0.1)
+
+
+def tiny_sae(d_sae: int) -> TrainedSAE:
+    """A BatchTopK of SmolLM2's layer 2, trained for a moment in this process."""
+    config = RunConfig.model_validate({**TINY, "sae": {**TINY["sae"], "d_sae": d_sae}})
+    producer = ActivationProducer(config.model_dump_json())
+    blocks = [Block.from_numpy_dict(producer.produce("train", i)[1]).acts_TD(torch.float32) for i in range(12)]
+    trainer = ShardedTrainer(config.sae, config.trainer, 576, 0, Collectives(Mesh.alone()))
+    trainer.initialise(torch.cat(blocks))
+    for _ in range(8):
+        for raw_BD in blocks:
+            trainer.step(raw_BD, len(raw_BD))
+    return TrainedSAE.from_checkpoint(trainer.state(), trainer.meta())

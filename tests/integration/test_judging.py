@@ -12,19 +12,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import runs
-import torch
 
-from sae_ray.activations.block import Block
-from sae_ray.activations.producer import ActivationProducer
-from sae_ray.config import RunConfig
 from sae_ray.judging import results
 from sae_ray.sae.formats import export_sae
 from sae_ray.sae.formats.notes import Provenance
-from sae_ray.sae.inference import TrainedSAE
 from sae_ray.storage import LocalStorage
-from sae_ray.trainer.collectives import Collectives
-from sae_ray.trainer.mesh import Mesh
-from sae_ray.trainer.sharded_sae import ShardedTrainer
 
 D_SAE = 128
 pytestmark = pytest.mark.timeout(1800)
@@ -54,19 +46,9 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def sae(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small SAE of SmolLM2's layer 2, trained for a moment, as SAELens would write it."""
-    config = RunConfig.model_validate({**runs.TINY, "name": "x"})
-    config = config.model_copy(update={"sae": config.sae.model_copy(update={"d_sae": D_SAE})})
-    producer = ActivationProducer(config.model_dump_json())
-    blocks = [Block.from_numpy_dict(producer.produce("train", i)[1]).acts_TD(torch.float32) for i in range(12)]
-    trainer = ShardedTrainer(config.sae, config.trainer, 576, 0, Collectives(Mesh.alone()))
-    trainer.initialise(torch.cat(blocks))
-    for _ in range(8):
-        for raw_BD in blocks:
-            trainer.step(raw_BD, len(raw_BD))
-    trained = TrainedSAE.from_checkpoint(trainer.state(), trainer.meta())
     folder = tmp_path_factory.mktemp("sae") / "layer2"
     where = Provenance("smollm2-135m-instruct", "blocks.2.hook_resid_post", 64)
-    return export_sae(trained, folder, "saelens", where)
+    return export_sae(runs.tiny_sae(D_SAE), folder, "saelens", where)
 
 
 def judge(sae: Path, folder: Path, *options: str, **settings: object) -> subprocess.Popen[str]:

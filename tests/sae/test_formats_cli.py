@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from small_saes import D, M, raw_activations, small_sae
 
 from sae_ray import cli
-from sae_ray.config import RunConfig
+from sae_ray.config import RunConfig, SAEConfig
 from sae_ray.config_file import parse_config
 from sae_ray.errors import UserError
-from sae_ray.preflight import check_init_from
-from sae_ray.sae.formats import Provenance, export_sae, import_sae, read_sae
+from sae_ray.preflight import check_export, check_init_from
+from sae_ray.run import export
+from sae_ray.sae.formats import FORMATS, Provenance, export_sae, import_sae, read_sae
 from sae_ray.sae.inference import TrainedSAE
 from sae_ray.trainer import checkpoint
 
@@ -156,3 +159,79 @@ def test_a_run_that_has_a_checkpoint_needs_no_start(tmp_path):
     config = started(tmp_path, {"d_sae": M, "k": 5, "init_from": str(tmp_path / "gone")})
     commit(config, 10, {"main": small_sae()})
     check_init_from(config)
+
+
+@pytest.fixture
+def tuned(tmp_path, monkeypatch) -> tuple[RunConfig, TrainedSAE]:
+    """A run at step 20 that started from a sparsify SAE without any scale, and what it has become."""
+    monkeypatch.chdir(tmp_path)
+    original = small_sae("topk", input_scale=1.0)
+    export_sae(original, tmp_path / "theirs", "sparsify", Provenance("a-model", HOOK, 64))
+    (tmp_path / "theirs" / "sae_ray.json").unlink()
+    sae = {"architecture": "topk", "d_sae": M, "k": 5, "init_from": "theirs"}
+    late = {"name": "late", "sae": {"init_from": None, "export": "dictionary_learning"}}
+    config = started(tmp_path, sae, saes=[late])
+    config.run_dir.mkdir(parents=True)
+    (config.run_dir / "config.yaml").write_text(config.to_yaml())
+    now = small_sae("topk", input_scale=0.31)
+    commit(config, 20, {"main": now, "late": small_sae("topk")})
+    return config, now
+
+
+def test_a_run_ends_with_each_sae_in_the_format_that_it_came_from_or_that_is_named(tuned):
+    config, now = tuned
+    said: list[str] = []
+    export(config, said.append)
+    assert said == []
+    assert {path.name for path in config.run_dir.iterdir()} >= {"sparsify", "dictionary_learning-late"}
+    assert not (config.run_dir / "saelens").exists()
+    found = read_sae(config.run_dir / "sparsify")
+    assert found.sae.input_scale == 1.0  # as theirs
+    torch.testing.assert_close(
+        found.sae.reconstruct(raw_activations()), now.reconstruct(raw_activations()), rtol=1e-4, atol=1e-4
+    )
+    assert (found.provenance.init_from, found.provenance.hook) == ("theirs", HOOK)
+    assert read_sae(config.run_dir / "dictionary_learning-late").provenance.init_from == ""
+
+
+def test_an_export_into_the_same_format_can_be_asked_for_later(tuned, sae_ray, tmp_path):
+    config, _ = tuned
+    code, out, err = sae_ray("export", config.run_dir, tmp_path / "out", "--format", "same")
+    assert (code, err) == (0, "")
+    assert "sparsify, topk" in out
+    assert (tmp_path / "out" / "sae.safetensors").exists()
+
+
+def test_without_what_it_started_from_an_sae_is_not_lost(tuned, sae_ray, tmp_path):
+    config, now = tuned
+    shutil.rmtree(tmp_path / "theirs")
+    said: list[str] = []
+    export(config, said.append)
+    assert len(said) == 1
+    assert said[0].startswith("main is not exported: sae.init_from: theirs: does not exist")
+    assert "name a format: saelens, sparsify" in said[0]
+    code, _, _ = sae_ray("export", config.run_dir, tmp_path / "out", "--format", "sparsify")
+    assert code == 0
+    torch.testing.assert_close(import_sae(tmp_path / "out").W_enc_MD, now.W_enc_MD)
+
+
+def test_nothing_is_exported_where_nothing_is_asked_for(run):
+    folder, _ = run
+    config = parse_config(yaml.safe_load((folder / "config.yaml").read_text()), "test", ["sae.export=null"])
+    export(config, print)
+    assert not [path.name for path in folder.iterdir() if path.is_dir() and path.name != "checkpoints"]
+
+
+def test_a_format_that_cannot_express_the_sae_is_refused_before_it_is_trained(tmp_path):
+    with pytest.raises(UserError, match=r"^sae\.export sparsify: the format cannot express a batchtopk"):
+        check_export(started(tmp_path, {"export": "sparsify"}))
+    late = [{"name": "late", "sae": {"architecture": "topk"}}]
+    with pytest.raises(UserError, match=r"^saes late: sae\.export gemma_scope: the format cannot express a topk"):
+        check_export(started(tmp_path, {"export": "gemma_scope"}, saes=late))
+    check_export(started(tmp_path, {"export": None}))
+    check_export(started(tmp_path, {"architecture": "topk", "export": "sparsify"}))
+
+
+def test_every_format_may_be_named_in_a_config():
+    allowed = SAEConfig.model_json_schema()["properties"]["export"]["anyOf"][0]["enum"]
+    assert set(allowed) == {"same", *FORMATS}

@@ -45,3 +45,9 @@ def test_the_learning_rate_warms_up_decays_and_stays():
     assert rates == sorted(rates, reverse=True)
     steady = TrainerConfig(steps=100, lr=1.0, lr_final=0.1, warmup_steps=0, decay_fraction=0)
     assert learning_rate(99, steady) == 1.0
+
+
+def test_without_a_reconstruction_phase_the_last_rate_is_warmed_up_to():
+    cfg = TrainerConfig(lr=1.0, lr_final=0.1, steps=0, warmup_steps=10)
+    assert [learning_rate(step, cfg) for step in (0, 4, 9, 500)] == pytest.approx([0.01, 0.05, 0.1, 0.1])
+    assert learning_rate(3, TrainerConfig(lr_final=0.1, steps=2, warmup_steps=10)) == 0.1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -195,3 +196,35 @@ def test_unequal_decoder_norms_need_the_free_constraint():
     raw = stream(1, seed=4)[0]
     free.load_weights(sae, raw)
     torch.testing.assert_close(as_trained(free).reconstruct(raw), sae.reconstruct(raw), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
+def test_a_start_without_a_threshold_gets_the_one_of_its_first_activations(architecture):
+    first = new_trainer(architecture)
+    train(first, 40)
+    sae = replace(as_trained(first), threshold=torch.zeros(()))
+    second = new_trainer(architecture, init_from="x", trainer={"batch_tokens": BATCH})
+    raw = stream(1, seed=5)[0]
+    second.load_weights(sae, raw)
+    pre_BM = second.pre_activations(raw)
+    kept = pre_BM.flatten().topk(6 * BATCH).values if architecture == "batchtopk" else pre_BM.topk(6, dim=1).values
+    wanted = kept.min() if architecture == "batchtopk" else kept[:, -1].mean()
+    assert float(second.threshold) == pytest.approx(float(wanted), rel=1e-4)
+
+
+def test_a_start_with_a_threshold_keeps_it_through_its_first_steps():
+    first = new_trainer()
+    train(first, 60)
+    sae = as_trained(first)
+    second = new_trainer(init_from="x", trainer={"lr": 1e-6})
+    raw = stream(1, seed=6)[0]
+    second.load_weights(sae, raw)
+    brought = float(second.threshold)
+    assert brought == pytest.approx(float(sae.threshold) * second.input_scale / sae.input_scale, rel=1e-5)
+    second.step(3 * raw[: BATCH // 2], BATCH // 2)  # a batch whose own cut lies elsewhere
+    assert float(second.threshold) == pytest.approx(brought, rel=0.15)
+    new = new_trainer(trainer={"lr": 1e-6})
+    new.initialise(raw)
+    new.load_weights(sae, raw)
+    new.step(3 * raw[: BATCH // 2], BATCH // 2)
+    assert float(new.threshold) > 1.5 * brought  # without `init_from` it is the batch's own

@@ -78,12 +78,13 @@ def export_sae(sae: TrainedSAE, path: str | Path, format: str, provenance: Prove
     return folder
 
 
-def detect(path: Path) -> str:
+def detect(path: str | Path) -> str:
     """The format of a folder or file, by the names of its files.
 
     Raises:
         UserError: none is there, or more than one.
     """
+    path = Path(path)
     if path.is_file():
         found = [name for name, known in FORMATS.items() if known.weights == path.name]
     else:

@@ -25,19 +25,23 @@ THRESHOLD_GATED = ("batchtopk", "matryoshka")  # ours whose gate at inference is
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where an SAE's inputs (and a transcoder's targets) come from; "" and 0 where it is not known."""
+    """Where an SAE's inputs (and a transcoder's targets) come from, and the SAE that it was fine-tuned from.
+
+    "" and 0 where it is not known.
+    """
 
     model: str = ""
     hook: str = ""
     context_length: int = 0
     dataset: str = ""
     hook_out: str | None = None
+    init_from: str = ""
 
     @classmethod
     def of(cls, found: Any) -> Provenance:
         """From the mapping that a file holds, whatever else is in it."""
         known: dict[str, Any] = found if isinstance(found, dict) else {}
-        texts = {name: known.get(name) for name in ("model", "hook", "dataset", "hook_out")}
+        texts = {name: known.get(name) for name in ("model", "hook", "dataset", "hook_out", "init_from")}
         length = known.get("context_length")
         return cls(
             **{name: text for name, text in texts.items() if isinstance(text, str)},

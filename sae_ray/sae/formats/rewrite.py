@@ -59,15 +59,20 @@ def with_unit_rows(sae: TrainedSAE) -> TrainedSAE:
     The same function where the gate treats latents alone (relu_l1, jumprelu, gated). The topk family ranks them:
     for it this is the SAE that ranks activations times norms, at the same 0-dim threshold.
     """
-    norm_M = sae.W_dec_MD.norm(dim=1)
-    norm_M = torch.where(norm_M > 0, norm_M, torch.ones_like(norm_M))
+    return with_row_norms(sae, torch.ones_like(sae.b_enc_M))
+
+
+def with_row_norms(sae: TrainedSAE, norm_M: torch.Tensor) -> TrainedSAE:
+    """Decoder rows of these norms (rows of zeros stay); otherwise as `with_unit_rows`."""
+    now_M = sae.W_dec_MD.norm(dim=1)
+    factor_M = torch.where(now_M > 0, now_M / norm_M, torch.ones_like(now_M))
     return replace(
         sae,
-        W_enc_MD=sae.W_enc_MD * norm_M[:, None],
-        W_dec_MD=sae.W_dec_MD / norm_M[:, None],
-        b_enc_M=sae.b_enc_M * norm_M,
-        own=_with_b_mag(sae, lambda b_mag_M: b_mag_M * norm_M),
-        threshold=sae.threshold * norm_M if sae.threshold.ndim else sae.threshold,
+        W_enc_MD=sae.W_enc_MD * factor_M[:, None],
+        W_dec_MD=sae.W_dec_MD / factor_M[:, None],
+        b_enc_M=sae.b_enc_M * factor_M,
+        own=_with_b_mag(sae, lambda b_mag_M: b_mag_M * factor_M),
+        threshold=sae.threshold * factor_M if sae.threshold.ndim else sae.threshold,
     )
 
 
