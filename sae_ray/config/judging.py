@@ -128,8 +128,8 @@ class RLAIFConfig(Section):
         0.1, description="of selection_bonus: thresholds that an advantage of 1 is worth"
     )
     half_life_steps: Positive = Field(400, description="age at which a reward counts half")
-    max_staleness_steps: Positive = Field(
-        60, description="steps the trainer may run ahead of a requested round before it waits for the rewards"
+    max_staleness_steps: Annotated[int, Field(ge=0)] = Field(
+        60, description="steps the trainer may run ahead of a requested round before it waits for the rewards; 0: none"
     )
     round_timeout_s: Seconds = Field(900, description="how long a round may take before the run says the judges hang")
     max_context_share: Fraction = Field(0.5, description="latents active in more contexts than this are not judged")

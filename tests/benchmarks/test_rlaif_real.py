@@ -1,0 +1,187 @@
+"""What the real-LM benchmark makes of its scores, and the L0 that it compares SAEs at. No model is needed."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+import torch
+from benchmark_scripts import load
+
+from sae_ray.activations.store import stream_settings
+from sae_ray.config_file import parse_config
+from sae_ray.judge.scores import mean_estimate
+
+configs = load("rlaif_real_configs")
+report = load("rlaif_real_report")
+bench = load("rlaif_real")
+
+
+def of(values: list[float | None], first: int = 0) -> dict[int, float | None]:
+    return dict(enumerate(values, first))
+
+
+def test_pairs_are_the_latents_that_both_have_and_the_others_are_counted():
+    a = {1: 0.9, 2: 0.7, 3: None, 5: 0.6, 7: 0.5}
+    b = {1: 0.6, 2: 0.5, 3: 0.4, 6: 0.8, 7: float("nan")}
+    found = report.paired("embedding", "rlaif", "continued", a, b)
+    assert found.mean == pytest.approx((0.3 + 0.2) / 2)
+    assert (found.n, found.missing) == (2, 4)  # 3, 5, 6 and 7: one side has it
+    assert report.paired("embedding", "a", "b", {1: 0.5}, {2: 0.5}) is None
+    assert report.paired("embedding", "a", "b", {1: None}, {1: 0.5}) is None
+
+
+def test_pairing_takes_out_what_latents_differ_in_and_not_pairing_does_not():
+    rng = np.random.default_rng(0)
+    level = rng.normal(0.6, 0.2, 40)
+    gain = rng.normal(0.05, 0.01, 40)
+    a, b = of((level + gain).tolist()), of(level.tolist())
+    close, wide = report.paired("x", "a", "b", a, b), report.unpaired("x", "a", "b", a, b)
+    assert close.mean == pytest.approx(float(gain.mean())) == wide.mean
+    reference = mean_estimate((level + gain - level).tolist(), resamples=report.RESAMPLES)
+    assert (close.low, close.high) == (pytest.approx(reference.low), pytest.approx(reference.high))
+    assert close.above_zero
+    assert not wide.above_zero
+    # Of two independent means the standard error is the root of the summed squares.
+    expected = 1.96 * np.sqrt(sum(side.var(ddof=1) / 40 for side in (level + gain, level)))
+    assert wide.high - wide.mean == pytest.approx(expected, rel=0.15)
+
+
+def test_every_sae_is_held_against_continued_training_and_rlaif_against_shuffled_verdicts():
+    scores = {
+        "embedding": {
+            "continued": of([0.5, 0.6]), "rlaif": of([0.7, 0.7]), "shuffled": of([0.6, 0.6]),
+            "matryoshka": of([0.9], first=50),
+        },
+        "detection": {"rlaif": of([0.7])},  # nothing to compare with yet
+    }  # fmt: skip
+    found = report.differences(scores, others=["matryoshka"])
+    told = {(d.one, d.other): (round(d.mean, 6), d.paired) for d in found}
+    assert told == {
+        ("rlaif", "continued"): (0.15, True),
+        ("shuffled", "continued"): (0.05, True),
+        ("matryoshka", "continued"): (0.35, False),
+        ("rlaif", "shuffled"): (0.1, True),
+    }
+
+
+def core(**fvu: float) -> dict[str, dict[str, float]]:
+    return {name: {"fvu": value, "l0": 32.0, "dead_fraction": 0.01} for name, value in fvu.items()}
+
+
+def gain(mean: float, low: float) -> list:
+    return [report.Difference("embedding", "rlaif", "continued", True, mean, low, 2 * mean - low, 40, 0)]
+
+
+@pytest.mark.parametrize(
+    ("found", "fvu", "met"),
+    [
+        (gain(0.06, 0.01), 0.203, True),
+        (gain(0.04, 0.01), 0.203, False),  # too little
+        (gain(0.06, -0.01), 0.203, False),  # may be none
+        (gain(0.06, 0.01), 0.206, False),  # paid for with reconstruction
+        (gain(0.06, 0.01), 0.194, False),  # not the same trade either
+        ([], 0.203, None),
+    ],
+)
+def test_the_target_asks_for_gain_certainty_and_equal_reconstruction(found, fvu, met):
+    (row,) = report.targets(found, core(continued=0.2, rlaif=fvu), ["rlaif"])
+    assert row["met"] is met
+    lines = report.target_lines([row])
+    assert len(lines) == 2
+    assert lines[1].endswith({True: "met", False: "missed", None: "not measured yet"}[met])
+
+
+def test_another_l0_misses_the_target():
+    about = core(continued=0.2, rlaif=0.2)
+    about["rlaif"]["l0"] = 33.0
+    assert report.targets(gain(0.06, 0.01), about, ["rlaif"])[0]["met"] is False
+
+
+def test_the_table_has_a_cell_for_every_heading_and_leaves_empty_what_is_missing():
+    scores = {"embedding": {"continued": of([0.5, 0.6]), "rlaif": of([0.7, None])}, "simulation": {"rlaif": of([None])}}
+    found = report.differences(scores)
+    head, rows = report.grid(scores, core(continued=0.2), found)
+    assert {len(row) for row in rows} == {len(head)}
+    assert rows[0][:4] == ["continued", "0.2000", "32.00", ""]
+    assert rows[1][:3] == ["rlaif", "", ""]
+    assert rows[1][5] == "0.700 (+0.200, -inf to +inf, n 1)"
+    assert rows[1][6] == ""
+    counts = {line.count("|") for line in report.markdown(head, rows).splitlines()}
+    assert counts == {len(head) + 1}
+
+
+def test_the_plot_is_an_image_with_every_difference_and_infinite_intervals_stay_inside():
+    scores = {"embedding": {"continued": of([0.5, 0.6]), "a<b": of([0.7, None]), "rlaif": of([0.6, 0.9])}}
+    root = ET.fromstring(report.svg(report.differences(scores)))
+    texts = [node.text for node in root.iter() if node.tag.endswith("text")]
+    assert "a<b - continued" in texts
+    assert "rlaif - continued" in texts
+    width = float(root.attrib["width"])
+    edges = [float(node.attrib[key]) for node in root.iter() if node.tag.endswith("line") for key in ("x1", "x2")]
+    assert all(0 <= edge <= width for edge in edges)
+    assert ET.fromstring(report.svg([])) is not None
+
+
+# ---------------------------------------------------------------------- what the SAEs are compared at
+
+
+@pytest.mark.parametrize("k", [1, 5, 20])
+def test_the_threshold_gives_the_wanted_l0(k):
+    pre_TM = torch.randn(300, 40, generator=torch.Generator().manual_seed(k)) + 0.3
+    pre_TM[0] += 5  # one token with nearly all of its latents above everything else
+    cut = bench.threshold_at(list(pre_TM.split(100)), k)
+    assert int((pre_TM >= cut).sum()) == k * 300
+
+
+def test_a_threshold_is_never_below_zero():
+    assert bench.threshold_at([torch.randn(50, 4, generator=torch.Generator().manual_seed(0))], 4) == 0.0
+
+
+def test_contexts_are_counted_once_for_each_latent():
+    active_TM = torch.tensor([[1, 0], [1, 1], [0, 0], [1, 0]], dtype=torch.bool)
+    counts = bench.counted(active_TM, torch.tensor([0, 0, 1, 2]))
+    assert counts.tolist() == [2, 1]
+
+
+def test_arms_differ_from_the_first_in_nothing_but_their_own_keys():
+    place, texts = configs.Place(), ("positives", "near_misses", "siblings", "randoms")
+    first = configs.arm_config("rlaif", configs.SMOKE, place)
+    for name, keys in configs.arms(configs.SMOKE).items():
+        config = configs.arm_config(name, configs.SMOKE, place)
+        changed = {key for key, value in config["rlaif"].items() if value != first["rlaif"].get(key)}
+        assert changed - {"control"} == set(keys)
+        assert {key for key in config if config[key] != first[key]} <= {"name", "rlaif", "saes"}
+        assert sum(config["rlaif"][key] for key in texts) == sum(first["rlaif"][key] for key in texts)
+
+
+@pytest.mark.parametrize("sizes", [configs.FULL, configs.SMOKE])
+def test_every_config_of_the_benchmark_is_one_that_a_run_accepts(sizes):
+    place = configs.Place(store="there")
+    base = parse_config(configs.base_config(sizes, configs.Place()), "base")
+    assert list(base.specs()) == ["main", "matryoshka"]
+    made = [configs.store_config(sizes, place), configs.scoring_config("scores", sizes, place, ["detection"])]
+    made += [configs.arm_config(name, sizes, place) for name in sizes.arms]
+    store, scoring, *arms = (parse_config(config, "made") for config in made)
+    assert (store.activations.store, scoring.activations.store) == (None, "there")
+    assert scoring.judging.split == "heldout"
+    for arm in arms:
+        assert stream_settings(arm) == stream_settings(store) == stream_settings(scoring)
+        assert arm.total_steps <= store.total_steps
+        assert (arm.trainer.steps, arm.rlaif.max_staleness_steps) == (0, 0)
+    assert scoring.total_steps <= store.total_steps
+    assert scoring.judging.blocks <= store.evaluation.blocks
+
+
+def test_stages_are_skipped_where_their_results_are(tmp_path):
+    made = bench.Bench(tmp_path, configs.SMOKE, ["shuffled"], print)
+    names = [stage.name for stage in made.left()]
+    assert names[:6] == ["base", "store", "rlaif", "shuffled", "same L0", "core metrics"]
+    assert names[6:] == [f"scores of {name}" for name in ("continued", "rlaif", "shuffled", "matryoshka")]
+    for stage in made.left()[:3]:
+        stage.done.parent.mkdir(parents=True, exist_ok=True)
+        stage.done.touch()
+    assert [stage.name for stage in made.left()] == names[3:]
+    assert made.scores() == {}
+    assert len(bench.Bench(tmp_path, configs.FULL, configs.FULL.arms, print).judgings) == 2
