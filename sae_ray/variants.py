@@ -161,6 +161,12 @@ def _check_judged(run: RunConfig) -> None:
             f"sae.architecture {run.sae.architecture} cannot be judged (only {', '.join(judged)} can): "
             f"set {' and '.join(asked)}, or make it one of `saes` beside a main that can"
         )
+    kind = REGISTRY[run.sae.architecture]
+    if run.rlaif.enabled and run.rlaif.estimator == "selection_bonus" and not (kind.ranks or kind.name == "jumprelu"):
+        raise ValueError(
+            f"rlaif.estimator selection_bonus acts on a ranking or a price of latents, and {kind.name} has neither: "
+            "teacher_gate, bank_gate, threshold, reward_model, evolution and preference do not need one"
+        )
     if asked and run.hook_out is not None:
         raise ValueError(
             f"hook_out {run.hook_out.name}: a transcoder cannot be judged: set {' and '.join(asked)}, "

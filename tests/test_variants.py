@@ -9,6 +9,8 @@ import pytest
 from sae_ray.config import RunConfig
 from sae_ray.config_file import parse_config
 from sae_ray.errors import UserError
+from sae_ray.sae.architectures import REGISTRY
+from sae_ray.sae.architectures.topk import TopK
 
 BASE: dict[str, Any] = {
     "name": "run",
@@ -103,12 +105,12 @@ def test_a_mistake_in_a_variant_is_one_line_that_names_its_place(saes, said):
 @pytest.mark.parametrize(
     ("sections", "said"),
     [
-        ({"sae": {"architecture": "gated", "sparsity_coef": 1.0}}, "sae.architecture gated cannot be judged"),
-        ({"sae": {"architecture": "relu_l1", "sparsity_coef": 1.0}}, "sae.architecture relu_l1 cannot be judged"),
+        ({"sae": {"architecture": "unasked"}}, "sae.architecture unasked cannot be judged"),
         ({"hook_out": {"layer": 4}}, "hook_out blocks.4.hook_resid_post: a transcoder cannot be judged"),
     ],
 )
-def test_what_judges_cannot_be_asked_about_is_refused_before_it_trains(sections, said):
+def test_what_judges_cannot_be_asked_about_is_refused_before_it_trains(sections, said, monkeypatch):
+    monkeypatch.setitem(REGISTRY, "unasked", type("Unasked", (TopK,), {"name": "unasked", "judged": False}))
     refusals = {"rlaif": {}, "evaluation": {"latents": 0}}, {"evaluation": {"latents": 4}}
     for refused, key in zip(refusals, ("rlaif.enabled: false", "evaluation.latents: 0"), strict=True):
         with pytest.raises(UserError, match=said) as error:
@@ -131,3 +133,11 @@ def test_without_a_reconstruction_phase_every_sae_starts_from_a_trained_one():
         run([], **{**tuned, "rlaif": {"enabled": False}}, **start)
     config = run([{"name": "too"}], **tuned, **start)
     assert config.total_steps == config.rlaif.steps
+
+
+@pytest.mark.parametrize("architecture", ["relu_l1", "gated"])
+def test_saes_without_thresholds_are_judged_but_for_an_estimator_that_needs_a_ranking(architecture):
+    sae = {"architecture": architecture, "sparsity_coef": 1.0, "d_sae": 64}
+    assert run([], sae=sae, rlaif={}, evaluation={"latents": 4}).rlaif.enabled
+    with pytest.raises(UserError, match=f"rlaif.estimator selection_bonus acts on .* {architecture} has neither"):
+        run([], sae=sae, rlaif={"estimator": "selection_bonus"})

@@ -175,7 +175,7 @@ class TrainerRank:
             batch: one reference to a `reward.credit.RewardBatch`.
             evidence: references of the evidence blocks that its context ids refer to.
         """
-        from sae_ray.reward.credit import ESTIMATORS, LatentState
+        from sae_ray.reward.credit import ESTIMATORS, LatentState, gate_units
 
         main = self.copies["main"]
         own = _fetch(batch)[0].for_shard(main.first_latent, main.last_latent)
@@ -183,12 +183,14 @@ class TrainerRank:
         if len(own.latents) and self.cfg.rlaif.gamma > 0:
             acts_TD, layout = self._with_layout(_fetch(evidence), self.cfg.judge.context_tokens)
             rows_N = torch.from_numpy(own.latents - main.first_latent).to(self.mesh.device)
-            gates = main.own["theta"][rows_N] if "theta" in main.own else main.threshold
-            latents = LatentState(
-                main.W_enc_mD[rows_N], main.b_enc_m[rows_N], _centre(main).clone(), gates.detach().clone()
-            )
+            x_TD, centre_D = main.scaled(acts_TD), _centre(main).clone()
+            W_ND, b_N = main.W_enc_mD[rows_N], main.b_enc_m[rows_N]
+            units_N = main.thresholds_m()[rows_N].clone()
+            if not bool((units_N > 0).all()):
+                units_N = gate_units(units_N, torch.addmm(b_N, x_TD - centre_D, W_ND.T))
+            latents = LatentState(W_ND, b_N, centre_D, units_N)
             estimator = ESTIMATORS[self.cfg.rlaif.estimator]
-            self.credit = estimator.fit(self._credit_settings(), own, latents, main.scaled(acts_TD), layout)
+            self.credit = estimator.fit(self._credit_settings(), own, latents, x_TD, layout)
         return {"latents": len(own.latents), "installed": self.credit is not None, "step": main.steps_done}
 
     def fork_control(self) -> None:

@@ -19,6 +19,7 @@ from sae_ray.reward.credit import (
     LatentState,
     RewardBatch,
     Rollouts,
+    gate_units,
 )
 from sae_ray.reward.evidence import ContextLayout, scan_contexts
 from sae_ray.trainer.mesh import Mesh
@@ -50,7 +51,7 @@ def next_batch() -> torch.Tensor:
     return batches()[START]
 
 
-@pytest.mark.parametrize("name", ["batchtopk", "topk", "jumprelu"])
+@pytest.mark.parametrize("name", ["batchtopk", "topk", "jumprelu", "relu-l1", "gated"])
 def test_a_credit_that_gives_nothing_changes_nothing(name):
     plain, silent = (sharded_run(Mesh.alone(), name, steps=START) for _ in range(2))
     plain.step(next_batch(), BATCH)
@@ -168,8 +169,12 @@ def credited_run(mesh: Mesh, name: str, estimator: str, batch: RewardBatch) -> S
     trainer = sharded_run(mesh, name, steps=START)
     own = batch.for_shard(trainer.first_latent, trainer.last_latent)
     rows = torch.from_numpy(own.latents - trainer.first_latent)
-    latent = LatentState(trainer.W_enc_mD[rows], trainer.b_enc_m[rows], trainer.b_dec_D.clone())
-    credit = ESTIMATORS[estimator].fit(SETTINGS, own, latent, trainer.scaled(EVIDENCE), LAYOUT)
+    W_ND, b_N, x_TD = trainer.W_enc_mD[rows], trainer.b_enc_m[rows], trainer.scaled(EVIDENCE)
+    unit_N = None
+    if name in ("relu-l1", "gated"):  # as the rank does where gates lie at 0
+        unit_N = gate_units(trainer.thresholds_m()[rows], torch.addmm(b_N, x_TD - trainer.b_dec_D, W_ND.T))
+    latent = LatentState(W_ND, b_N, trainer.b_dec_D.clone(), unit_N)
+    credit = ESTIMATORS[estimator].fit(SETTINGS, own, latent, x_TD, LAYOUT)
     for raw in batches()[START : START + 5]:  # of 40 and 41 tokens
         low, high = mesh.rows(len(raw))
         trainer.step(raw[low:high], len(raw), credit)
@@ -179,6 +184,8 @@ def credited_run(mesh: Mesh, name: str, estimator: str, batch: RewardBatch) -> S
 MESH_RUNS = [(estimator, "batchtopk") for estimator in ESTIMATORS] + [
     ("selection_bonus", "jumprelu"),
     ("threshold", "topk"),
+    ("teacher_gate", "relu-l1"),
+    ("bank_gate", "gated"),
 ]
 
 
@@ -224,3 +231,25 @@ def test_a_decoder_gradient_leaves_unit_rows_unit_and_moves_them():
     torch.testing.assert_close(moved.W_dec_mD.norm(dim=1), torch.ones(len(moved.W_dec_mD)).double())
     own = torch.from_numpy(LATENTS)
     assert (moved.W_dec_mD - plain.W_dec_mD)[own].norm() > 3e-3
+
+
+@pytest.mark.parametrize("name", ["relu-l1", "gated"])
+def test_where_gates_lie_at_0_credit_is_counted_in_activations_and_does_not_explode(name):
+    trainer = sharded_run(Mesh.alone(), name, steps=START)
+    rows, x_TD = torch.from_numpy(LATENTS), trainer.scaled(EVIDENCE)
+    pre_TN = (x_TD - trainer.b_dec_D) @ trainer.W_enc_mD[rows].T + trainer.b_enc_m[rows]
+    unit_N = gate_units(trainer.thresholds_m()[rows], pre_TN)
+    expected = [float(column[column > 0].mean()) if bool((column > 0).any()) else 0.0 for column in pre_TN.T]
+    assert unit_N.tolist() == pytest.approx(expected)
+    credited = credited_run(Mesh.alone(), name, "teacher_gate", rewards(trainer))
+    paid = [row["credit_loss"] for row in credited.read_metrics() if row["credit_loss"]]
+    assert paid
+    assert (
+        max(paid) < 20 * SETTINGS.gamma
+    )  # in units of 1e-3, where a threshold of 0 is cut off, it is in the thousands
+
+
+def test_a_threshold_above_0_is_the_unit_itself():
+    pre_TN = torch.tensor([[1.0, 3.0], [-1.0, 5.0]])
+    assert gate_units(torch.tensor([0.5, 0.0]), pre_TN).tolist() == [0.5, 4.0]
+    assert gate_units(torch.tensor(0.7), pre_TN).tolist() == pytest.approx([0.7, 0.7])

@@ -13,7 +13,7 @@ from sae_ray.reward.credit.base import (
     State,
 )
 from sae_ray.reward.credit.evolution import Evolution
-from sae_ray.reward.credit.gates import debias, gate_logit, observed, posterior
+from sae_ray.reward.credit.gates import debias, gate_logit, gate_units, observed, posterior
 from sae_ray.reward.credit.policy_gradient import PolicyGradient
 from sae_ray.reward.credit.preference import Preference
 from sae_ray.reward.credit.reward_model import RewardModel
@@ -54,6 +54,7 @@ __all__ = [
     "Threshold",
     "debias",
     "gate_logit",
+    "gate_units",
     "observed",
     "posterior",
     "restore_credit",

@@ -122,7 +122,8 @@ class LatentState:
     W_enc_ND: torch.Tensor
     b_enc_N: torch.Tensor
     b_dec_D: torch.Tensor  # what the encoder subtracts: zeros where that is nothing
-    # The gate's threshold, 0-dim or [N], as it is now: the unit of gate logits. None: as it is at each step.
+    # The unit of gate logits, 0-dim or [N]: the gate's threshold as it is now, or what `gates.gate_units` puts in the
+    # place of one that is 0. None: the threshold as it is at each step.
     threshold: torch.Tensor | None = None
 
 

@@ -29,6 +29,20 @@ def gate_logit(
     return slope * (pre - threshold) / (threshold if unit is None else unit).clamp(min=1e-3)
 
 
+def gate_units(threshold: torch.Tensor, pre_TN: torch.Tensor) -> torch.Tensor:
+    """[N]: what gate logits are counted in, when rewards arrive: a latent's threshold, or its mean positive
+    pre-activation where its gate lies at 0 (ReLU, gated, some imported JumpReLUs).
+
+    Args:
+        threshold: 0-dim or [N].
+        pre_TN: the latents' pre-activations on the evidence.
+    """
+    threshold_N = threshold.to(pre_TN.dtype).expand(pre_TN.shape[1])
+    active_TN = pre_TN > 0
+    mean_N = (pre_TN * active_TN).sum(0) / active_TN.sum(0).clamp(min=1)
+    return torch.where(threshold_N > 0, threshold_N, mean_N)
+
+
 def platt(
     score_NV: torch.Tensor,
     verdict_NV: torch.Tensor,

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 class ReLU(Architecture):
     name: ClassVar[str] = "relu_l1"
     lists_pairs: ClassVar[bool] = False
-    judged: ClassVar[bool] = False
 
     @classmethod
     def check(cls, cfg: SAEConfig) -> None:
