@@ -29,7 +29,7 @@ def rows(n_latents: int = 6, each: int = 20) -> list[dict[str, Any]]:
         ):
             for index in range(each):
                 kind = KINDS[index % 4]
-                yes = (kind == "positive") == (told == "explanation") and (latent + index) % 7 > 0
+                yes = ((latent + index // 4) % 5 < (3 if kind == "positive" else 1)) == (told == "explanation")
                 out.append({
                     "latent": latent, "explanation": f"{told} {latent}", "purpose": purpose, "kind": kind,
                     "active": kind == "positive", "score": 1.0, "probability": 0.9 if yes else 0.1,

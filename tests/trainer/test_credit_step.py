@@ -184,8 +184,6 @@ def credited_run(mesh: Mesh, name: str, estimator: str, batch: RewardBatch) -> S
 MESH_RUNS = [(estimator, "batchtopk") for estimator in ESTIMATORS] + [
     ("selection_bonus", "jumprelu"),
     ("threshold", "topk"),
-    ("teacher_gate", "relu-l1"),
-    ("bank_gate", "gated"),
 ]
 
 
