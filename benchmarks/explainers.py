@@ -5,8 +5,8 @@
 One `sae-ray judge` per form, with all explainers: the candidates of a latent are judged on the same texts, which no
 explainer saw and which score nothing else. AUROC: those verdicts, active texts against others, mean over latents.
 "against lexical": the same less the AUROC of the lexical candidate, which asks no language model, on latents that have
-both. A phrase that two explainers wrote counts as the first one's. One candidate of each explainer (the likeliest), so that all have one try; "clusters" one of each meaning, the
-best of which counts. "chosen": how often it won.
+both. A phrase that two explainers wrote counts as the first one's. One candidate of each explainer (the likeliest), so
+that all have one try; "clusters" one of each meaning, the best of which counts. "chosen": how often it won.
 """
 
 from __future__ import annotations
