@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
+from typing import Any
 
 import ray
 
@@ -27,9 +28,11 @@ from sae_ray.activations.stream import BlockStream
 from sae_ray.config import RunConfig
 from sae_ray.errors import RunInterrupted, UserError
 from sae_ray.judge.pool import JudgePool
+from sae_ray.reward.applied import AppliedRounds
 from sae_ray.reward.link import Calibrated, DeskLink, JudgedRound
 from sae_ray.reward.pool_judge import without_heldout
 from sae_ray.session import Deadline, Interrupt
+from sae_ray.storage import LocalStorage
 from sae_ray.telemetry import Gauges, Progress, RateMeter, RunLog, RunStatus
 from sae_ray.trainer import checkpoint
 from sae_ray.trainer.group import RankDied, TrainerGroup
@@ -52,8 +55,9 @@ class Controller:
         self.interrupt = interrupt
         self.gauges = Gauges(config.name)
         self.stream = BlockStream(config)
-        # The held-out judge starts when the evaluation asks it.
-        self.judge = JudgePool(without_heldout(config), keep_serve=config.ray.address == "local")
+        # The held-out judge starts when the evaluation asks it, unless an alarm does.
+        judges = config if config.rlaif.alarms.asks_held_out else without_heldout(config)
+        self.judge = JudgePool(judges, keep_serve=config.ray.address == "local")
         self.desk = DeskLink(config, self.judge)
         self.committed_step = 0
         self.saved_step = 0  # of the last snapshot: committed, or on its way
@@ -92,7 +96,7 @@ class Controller:
     def _phases(self) -> None:
         """All phases from wherever the group stands, after a resume as after a rebuild."""
         config = self.config
-        if config.rlaif.enabled and self.submitted_step < config.total_steps and not self.desk.started:
+        if config.rlaif.judged and self.submitted_step < config.total_steps and not self.desk.started:
             self.desk.start()
         if self.submitted_step < config.trainer.steps:
             self.progress.phase("reconstruction", f"{config.trainer.steps} steps")
@@ -110,23 +114,39 @@ class Controller:
         config = self.config.rlaif
         self.progress.phase("evidence", f"{config.evidence_blocks} blocks of the evidence split")
         self._evidence = self._wait_evidence()
-        self.progress.phase("calibration", "planted items, both verdict modes")
-        limit = self.judge.start_limit_s + config.round_timeout_s
-        self._wait_while(
-            lambda: not self.desk.calibrated,
-            Deadline(limit, f"the judge {self.judge.names} to start and be calibrated"),
-        )
+        if config.judged:
+            self.progress.phase("calibration", "planted items, both verdict modes")
+            limit = self.judge.start_limit_s + config.round_timeout_s
+            self._wait_while(
+                lambda: not self.desk.calibrated,
+                Deadline(limit, f"the judge {self.judge.names} to start and be calibrated"),
+            )
         if config.control and not self.group.has_control:
             self.group.fork_control()
         self.progress.phase("RLAIF", f"{config.steps} steps, {config.rounds} rounds, {config.latents} latents")
         for number in range(self.rounds_done, config.rounds):
-            start = round_start(self.config, number)
-            self._train_until(start)
-            self.desk.open_round(number, self.submitted_step, self.group.rank_handles, self._evidence)
-            self.log.event("round_requested", round=number, step=self.submitted_step)
-            self._train_until(min(start + config.max_staleness_steps, round_start(self.config, number + 1)))
-            self._wait_round(number)
+            if config.judged:
+                self._judge_round(number)
+            else:
+                self._replay_round(number)
         self._train_until(self.config.total_steps)
+
+    def _judge_round(self, number: int) -> None:
+        start = round_start(self.config, number)
+        self._train_until(start)
+        self.desk.open_round(number, self.submitted_step, self.group.rank_handles, self._evidence)
+        self.log.event("round_requested", round=number, step=self.submitted_step)
+        ahead = start + self.config.rlaif.max_staleness_steps
+        self._train_until(min(ahead, round_start(self.config, number + 1)))
+        self._wait_round(number)
+
+    def _replay_round(self, number: int) -> None:
+        """Another run's round, after the same step; nobody is asked anything."""
+        folder = str(self.config.rlaif.replay_rewards)
+        applied = AppliedRounds(LocalStorage(folder)).read(number)
+        self._train_until(applied.at_step)
+        self.status.judge = "replayed"
+        self._apply(number, {**applied.summary, "replayed_from": folder}, applied.batch)
 
     # -- training -------------------------------------------------------------------------------------
 
@@ -323,14 +343,20 @@ class Controller:
             self.progress.say(report["summary"])
             self.status.judge = f"{report['mode']} AUROC {report['auroc']:.2f}"
             return
-        summary, step = answer.summary, self.submitted_step
-        self.group.apply_rewards(answer.batch, self._evidence)
-        self.rounds_done = answer.number + 1
+        self._apply(answer.number, answer.summary, answer.batch)
+        self.desk.keep(answer.number, self.submitted_step)
+
+    def _apply(self, number: int, summary: dict[str, Any], batch: Any) -> None:
+        """A round's rewards (or a reference to them) on every rank, behind all steps that were submitted."""
+        step = self.submitted_step
+        self.group.apply_rewards(batch, self._evidence)
+        self.rounds_done = number + 1
         self.status.rewards_applied += summary["rewards"]
-        self.log.event("rewards_applied", round=answer.number, at_step=step, **summary)
+        self.log.event("rewards_applied", round=number, at_step=step, **summary)
+        alarms = f"; {summary['alarms']['told']}" if "alarms" in summary else ""
         self.progress.say(
-            f"round {answer.number + 1}: {summary['verdicts']} verdicts, mean AUROC {summary['mean_auroc']:.3f} "
-            f"(shuffled {summary['mean_shuffled']:.3f}), {summary['rewards']} rewards applied at step {step}"
+            f"round {number + 1}: {summary['verdicts']} verdicts, mean AUROC {summary['mean_auroc']:.3f} "
+            f"(shuffled {summary['mean_shuffled']:.3f}), {summary['rewards']} rewards applied at step {step}{alarms}"
         )
         if summary["drift"] is not None and summary["drift"]["status"] != "ok":
             self.progress.say(summary["drift"]["summary"])
@@ -370,7 +396,7 @@ class Controller:
     def _seconds_left(self) -> float | None:
         """Until the last step: steps at the recent rate, and the waits for rounds to come at the last one's length."""
         steps_per_s = self._rates.steps_per_s()
-        rounds_left = self.config.rlaif.rounds - self.rounds_done if self.config.rlaif.enabled else 0
+        rounds_left = self.config.rlaif.rounds - self.rounds_done if self.config.rlaif.judged else 0
         if steps_per_s is None or (rounds_left and self._round_wait_s is None):
             return None
         return (self.config.total_steps - self.status.step) / steps_per_s + rounds_left * (self._round_wait_s or 0)

@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 
 HASHED_BYTES = 2 << 30
 
-# Sections and keys that change where or how fast a run goes, not its numbers: a resumed run may change them.
+# Sections and keys that change where or how fast a run goes, not its numbers: a resumed run may change them. And the
+# alarms: what they have stopped, a person lets go on.
 FREE_ON_RESUME = (
-    *("runs_dir", "ray", "evaluation", "rlaif.round_timeout_s", "sae.export"),
+    *("runs_dir", "ray", "evaluation", "rlaif.round_timeout_s", "rlaif.alarms", "rlaif.rewards.threads", "sae.export"),
+    *(f"rlaif.rewards.causality.{key}" for key in ("cpus", "gpus", "rows")),
     *(f"judge.{key}" for key in ("app", "autoscaling", "cpus", "gpus", "threads", "max_in_flight", "max_attempts")),
     *(f"judge.{key}" for key in ("start_timeout_s", "deadline_s", "stall_timeout_s", "api_key_env")),
     *(
@@ -36,7 +38,8 @@ FREE_ON_RESUME = (
 
 
 def preflight(config: RunConfig) -> None:
-    """Checks the run folder, the Ray address, the model, the hook, the corpus, what to start from, and the judges.
+    """Checks the run folder, the Ray address, the model, the hook, the corpus, what to start from, and the judges (of
+    a run that is not a replay).
 
     Raises:
         UserError: the first thing that would fail, in the user's words.
@@ -46,7 +49,8 @@ def preflight(config: RunConfig) -> None:
     check_sources(config)
     check_init_from(config)
     check_export(config)
-    check_judges(config)
+    if config.rlaif.replay_rewards is None:
+        check_judges(config)
 
 
 def check_checkpoint_dir(config: RunConfig) -> None:
@@ -148,7 +152,8 @@ def check_judges(config: RunConfig, asked: Collection[Role] | None = None) -> No
 
     if asked is None:
         evaluated = ROLES if config.evaluation.latents else ()
-        asked = {role for role in ROLES if role != "heldout" and config.rlaif.enabled} | set(evaluated)
+        trained = {role for role in ROLES if role != "heldout" or config.rlaif.alarms.asks_held_out}
+        asked = (trained if config.rlaif.enabled else set()) | set(evaluated)
     for role, judge in judges_of(config).items():
         # One that the config does not name is the scorer; an application that serves already knows its model.
         if role not in asked or (role != SCORER and role not in config.judges):
@@ -246,7 +251,7 @@ def _check_same(config: RunConfig, earlier: Any, where: str | Path, holder: str 
         raise UserError(
             f"{where}: the earlier run's config cannot be read; use another name or remove {holder}"
         ) from error
-    changed = sorted(_differences(before, numbers_of(config)))
+    changed = sorted(differences(before, numbers_of(config)))
     if changed:
         raise UserError(
             f"{holder}: holds a run with other settings ({'; '.join(changed[:5])}); "
@@ -278,11 +283,12 @@ def remove_run(config: RunConfig) -> None:
         shutil.rmtree(folder)
 
 
-def _differences(before: Any, after: Any, prefix: str = "") -> list[str]:
+def differences(before: Any, after: Any, prefix: str = "") -> list[str]:
+    """Every key in which two trees differ, with both values, in words."""
     if isinstance(before, dict) and isinstance(after, dict):
         found = []
         for key in before.keys() | after.keys():
-            found += _differences(before.get(key), after.get(key), f"{prefix}{key}.")
+            found += differences(before.get(key), after.get(key), f"{prefix}{key}.")
         return found
     return [] if before == after else [f"{prefix[:-1]} was {before!r}, is {after!r}"]
 

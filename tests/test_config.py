@@ -31,6 +31,30 @@ def write(tmp_path):
         (MINIMAL + "judge: {autoscaling: {min_replicas: 3}}", ["min_replicas 3 <= initial_replicas"]),
         ("hook: {layer: 3}", ["name: is required"]),
         ("name: ../x\nhook: {layer: 3}", ["name = '../x'", "letters, digits"]),
+        (
+            MINIMAL + "rlaif: {rewards: {weights: {clarity: 1}}}",
+            ["rlaif.rewards.weights.clarity: unknown key", "causality"],
+        ),
+        (MINIMAL + "rlaif: {rewards: {weights: {splitting: -1}}}", ["rlaif.rewards.weights.splitting = -1"]),
+        (MINIMAL + "rlaif: {rewards: {weights: {interpretability: 0}}}", ["rlaif.rewards.weights: every weight is 0"]),
+        (
+            MINIMAL + "rlaif: {rewards: {weights: {causality: 1}}}",
+            ["rlaif.rewards.weights.causality", "teacher_gate follows verdicts", "that use it: selection_bonus"],
+        ),
+        (
+            MINIMAL + "rlaif: {estimator: selection_bonus, rewards: {weights: {atomicity: 1}, atomicity: {atoms: 3}}}",
+            ["rlaif.rewards.atomicity: per_code 4 <= atoms 3 <= sae.d_sae 4608"],
+        ),
+        (MINIMAL + "rlaif: {rewards: {memory: 1}}", ["rlaif.rewards.memory = 1", "less than 1"]),
+        (
+            MINIMAL + "rlaif: {alarms: {limits: {boredom: {cool: 1, stop: 2}}}}",
+            ["rlaif.alarms.limits.boredom: no such alarm; known: held_out_gap"],
+        ),
+        (
+            MINIMAL + "rlaif: {alarms: {limits: {rarity: {cool: 2, stop: 1}}}}",
+            ["rlaif.alarms.limits.rarity: cool 2.0 must be below stop 1.0"],
+        ),
+        (MINIMAL + "rlaif: {alarms: {held_out: true}}", ["rlaif.alarms.held_out", "configure judges.heldout"]),
         ("name: [", ["is not YAML"]),
         ("- 1", ["expected a mapping"]),
     ],

@@ -20,6 +20,7 @@ from sae_ray.config.judging import (
     JudgingConfig,
     RLAIFConfig,
 )
+from sae_ray.config.rewards import AlarmsConfig, RewardsConfig, RewardWeights
 from sae_ray.config.sections import (
     ActivationsConfig,
     CorpusConfig,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ActivationsConfig",
+    "AlarmsConfig",
     "AutoscalingConfig",
     "CalibrationConfig",
     "CorpusConfig",
@@ -54,6 +56,8 @@ __all__ = [
     "Positive",
     "RLAIFConfig",
     "RayConfig",
+    "RewardWeights",
+    "RewardsConfig",
     "RunConfig",
     "SAEConfig",
     "SAEVariant",
@@ -144,6 +148,18 @@ class RunConfig(Section):
         from sae_ray.judge.roles import judges_of
 
         judges_of(self)
+        return self
+
+    @model_validator(mode="after")
+    def _rewards_fit(self) -> RunConfig:
+        rewards, d_sae = self.rlaif.rewards, self.sae.d_sae
+        atoms, per_code = rewards.atomicity.atoms, rewards.atomicity.per_code
+        if rewards.weights.atomicity and not per_code <= (d_sae if atoms is None else atoms) <= d_sae:
+            raise ValueError(
+                f"rlaif.rewards.atomicity: per_code {per_code} <= atoms {atoms} <= sae.d_sae {d_sae} must hold"
+            )
+        if self.rlaif.enabled and self.rlaif.alarms.asks_held_out and "heldout" not in self.judges:
+            raise ValueError("rlaif.alarms.held_out: there is no held-out judge to ask; configure judges.heldout")
         return self
 
     def specs(self) -> dict[str, SAESpec]:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from sae_ray.config.rewards import AlarmsConfig, RewardsConfig
 from sae_ray.config.sections import Dtype, Fraction, Positive, Seconds, Section
 
 
@@ -137,6 +138,31 @@ class RLAIFConfig(Section):
     shuffle_verdicts: bool = Field(
         False, description="control: what teaches is the verdicts of each kind of text dealt anew over all latents"
     )
+    rewards: RewardsConfig = RewardsConfig()
+    alarms: AlarmsConfig = AlarmsConfig()
+    replay_rewards: str | None = Field(
+        None,
+        description="a finished run's folder, whose rewards are applied where that run did instead of asking judges",
+    )
+
+    @model_validator(mode="after")
+    def _rewards_are_used(self) -> RLAIFConfig:
+        if self.enabled and self.rewards.weights.combined:
+            from sae_ray.reward.credit import ESTIMATORS  # torch: not for `--help`
+
+            if not ESTIMATORS[self.estimator].uses_reward:
+                part = next(p for p, w in self.rewards.weights.model_dump().items() if w and p != "interpretability")
+                known = ", ".join(name for name, kind in ESTIMATORS.items() if kind.uses_reward)
+                raise ValueError(
+                    f"rlaif.rewards.weights.{part}: rlaif.estimator {self.estimator} follows verdicts and uses no "
+                    f"reward, so this would be measured for nothing; estimators that use it: {known}"
+                )
+        return self
+
+    @property
+    def judged(self) -> bool:
+        """Whether the run asks judges for its rewards, and does not take another run's."""
+        return self.enabled and self.replay_rewards is None
 
 
 class EvaluationConfig(Section):

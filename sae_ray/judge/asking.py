@@ -118,6 +118,13 @@ class Judge(ABC):
         readings = await self._read(keys, mode, use_cache)
         return [modes.verdict(text, explanation, mode, readings) for text, explanation in pairs]
 
+    async def priors(self, explanations: Sequence[str]) -> list[float | None]:
+        """log p(explanation | no text), nats, in order; None is missing. Likelihood verdicts have read it already."""
+        keys = [(modes.NO_TEXT, explanation) for explanation in explanations]
+        readings = await self._read(keys, "likelihood", use_cache=True)
+        found = [readings.get(key) for key in keys]
+        return [None if reading is None else reading[0] for reading in found]
+
     async def generate(
         self,
         prompts: Sequence[str],

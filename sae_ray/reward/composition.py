@@ -1,8 +1,8 @@
 """Rewards: what a latent's verdicts are worth, minus what a shuffled explanation would have got.
 
 The reward of a latent is its soft detection AUROC minus the AUROC of another latent's explanation on the
-same texts (the shuffled null), so a lenient judge earns nothing. Simplicity and causality rewards join here
-with a weight and a log of their own.
+same texts (the shuffled null), so a lenient judge earns nothing. Simplicity and causality rewards join in
+`reward.parts`, with a weight and a log of their own.
 """
 
 from __future__ import annotations

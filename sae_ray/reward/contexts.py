@@ -41,6 +41,14 @@ class ContextTexts(Mapping[int, str]):
     def __len__(self) -> int:
         return self.n_contexts
 
+    def tokens(self, context: int) -> np.ndarray:
+        """Token ids int32 [S] of a context; negative is padding."""
+        return self._tokens_CS[context]
+
+    def opening(self, context: int, n: int) -> str:
+        """The text of a context's first n tokens."""
+        return self._tokenizer.decode(self._tokens_CS[context, :n].tolist(), skip_special_tokens=True)
+
     def pieces(self, context: int) -> list[str]:
         """Each token of a context as text, padding left out."""
         return [self._tokenizer.decode([int(token)]) for token in self._tokens_CS[context] if token >= 0]

@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,10 +20,12 @@ import ray
 from sae_ray.config import RunConfig
 from sae_ray.errors import UserError
 from sae_ray.judge.drift import DriftReport
+from sae_ray.reward.applied import AppliedRound, AppliedRounds
 from sae_ray.reward.bank import VerdictBank
 from sae_ray.reward.composition import LatentReward
 from sae_ray.reward.contexts import ContextTexts
 from sae_ray.reward.credit import RewardBatch
+from sae_ray.reward.decoder import DecoderFacts, duplicate_share, look_at_decoder
 from sae_ray.reward.evidence import (
     POSITIVE,
     ContextScan,
@@ -33,12 +35,24 @@ from sae_ray.reward.evidence import (
     choose_latents,
     plan_latent,
 )
-from sae_ray.reward.pool_judge import PoolJudge
-from sae_ray.reward.rounds import Candidate, compete, detect, rewards_of
+from sae_ray.reward.parts import OF_ROWS, OF_WHOLE_DECODER, Outcome, RewardParts
+from sae_ray.reward.pool_judge import HELDOUT, PoolJudge
+from sae_ray.reward.rounds import Candidate, Choice, compete, detect, rewards_of
+from sae_ray.reward.watch import held_out_scores, told, watch
 from sae_ray.storage import LocalStorage
 
 CHUNK_LATENTS = 8  # latents whose verdicts are committed together: what a crash can lose
 CHUNKS_AT_ONCE = 2
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """A chunk of a round. held_out: what the held-out judge makes of the same explanations, where it is asked."""
+
+    choices: list[Choice]
+    rewards: list[LatentReward]
+    rows: list[dict[str, Any]]
+    held_out: list[LatentReward]
 
 
 class RewardDesk:
@@ -46,13 +60,19 @@ class RewardDesk:
 
     Args:
         keys: of judges elsewhere, see `judge.pool.endpoint_keys`.
+        steering: actor handle of a `SteeringModel`, where the reward needs one.
     """
 
-    def __init__(self, config_json: str, keys: Mapping[str, str] | None = None):
+    def __init__(self, config_json: str, keys: Mapping[str, str] | None = None, steering: Any = None):
         os.environ.update(keys or {})
         self.config = RunConfig.model_validate_json(config_json)
         self.judge = PoolJudge(self.config)
+        # Only an alarm that is asked for reads its verdicts before the evaluation.
+        self.heldout = PoolJudge(self.config, HELDOUT) if self.config.rlaif.alarms.asks_held_out else None
+        self.parts = RewardParts(self.config, self.judge, steering)
         self.bank = VerdictBank(LocalStorage(self.config.run_dir))
+        self.applied = AppliedRounds(LocalStorage(self.config.run_dir))
+        self._last: AppliedRound | None = None  # judged last, and not necessarily applied yet
         self._state = "starting"
         self._explanations: dict[int, Candidate] = {}
         for row in self.bank.read():
@@ -66,9 +86,13 @@ class RewardDesk:
             The report that is also written to `calibration.json`.
         Raises:
             JudgeAtChance: no verdict mode of this judge beats chance.
+            UserError: what parts of the reward need cannot be had.
         """
         self._state = "calibrating"
         report = await self.judge.calibrate()
+        if self.heldout is not None:
+            await self.heldout.calibrate()
+        await self.parts.prepare()
         self._state = report["mode"]
         self.judge.preload(self.bank.read())
         return report
@@ -98,23 +122,17 @@ class RewardDesk:
         scan = await self._scan(ranks, evidence, latents)
         plans = make_plans(self.config, scan)
         self.judge.bind(texts, scan)
-        rewards: list[LatentReward] = []
-        rows: list[dict[str, Any]] = []
+        decoder = await self._look_at_decoder(ranks, evidence, scan)
         # Two at a time: while one chunk's explanations are being written, the judge reads the other's texts.
         chunks = asyncio.Semaphore(CHUNKS_AT_ONCE)
 
-        async def judge(start: int) -> tuple[list[LatentReward], list[dict[str, Any]]]:
+        async def judge(start: int) -> _Judged:
             async with chunks:
-                chunk_rng = np.random.default_rng([self.config.seed, 8, number, start])
-                return await self._judge_chunk(
-                    number, step, plans[start : start + CHUNK_LATENTS], scan, texts, chunk_rng
-                )
+                return await self._judge_chunk(number, step, start, plans[start : start + CHUNK_LATENTS], scan, texts)
 
-        for chunk_rewards, chunk_rows in await asyncio.gather(
-            *(judge(start) for start in range(0, len(plans), CHUNK_LATENTS))
-        ):
-            rewards += chunk_rewards
-            rows += chunk_rows
+        judged = await asyncio.gather(*(judge(start) for start in range(0, len(plans), CHUNK_LATENTS)))
+        rewards = [reward for chunk in judged for reward in chunk.rewards]
+        rows = [row for chunk in judged for row in chunk.rows]
         after = self.judge.usage()
         if after["failed"] > before["failed"] and after["done"] == before["done"]:
             raise UserError(
@@ -128,6 +146,11 @@ class RewardDesk:
             )
         deal = np.random.default_rng([self.config.seed, 10, number]) if self.config.rlaif.shuffle_verdicts else None
         batch = reward_batch(number, step, rewards, rows, self.judge.rates, deal)
+        batch, about, memory = await self._weighed(
+            batch,
+            Outcome(scan, texts, [choice for chunk in judged for choice in chunk.choices], rewards, decoder),
+            [reward for chunk in judged for reward in chunk.held_out],
+        )
         credited = [reward for reward in rewards if reward.credit_weight > 0]
         summary = {
             "judged_at_step": step,
@@ -138,10 +161,18 @@ class RewardDesk:
             "mean_auroc": float(np.mean([reward.auroc for reward in rewards])),
             "mean_shuffled": float(np.mean([reward.shuffled for reward in rewards])),
             "seconds": time.monotonic() - began,
-            "usage": after,
+            "usage": self.judge.usage(),
             "drift": None if drift is None else drift_row(drift),
+            **about,
         }
+        self._last = AppliedRound(batch, -1, summary, memory)
         return summary, ray.put(batch)
+
+    def keep(self, number: int, at_step: int) -> None:
+        """Writes the round judged last into the run's folder: it has been installed after step `at_step`."""
+        if self._last is None or self._last.batch.round != number:
+            raise RuntimeError(f"round {number} is to be kept, and is not the one that was judged last")
+        self.applied.write(replace(self._last, at_step=at_step))
 
     def progress(self) -> dict[str, Any]:
         """Live counters of the judging: queue, verdicts, verdicts per second while judging."""
@@ -166,15 +197,60 @@ class RewardDesk:
             await asyncio.gather(*(rank.scan.remote(evidence, tokens, latents.tolist()) for rank in ranks))
         )
 
+    async def _look_at_decoder(
+        self, ranks: list[Any], evidence: list[ray.ObjectRef], scan: ContextScan
+    ) -> DecoderFacts | None:
+        """What parts and alarms need of it, as it was scanned; None where they need nothing."""
+        needed, alarms = self.parts.needed, self.config.rlaif.alarms
+        whole = bool(needed & OF_WHOLE_DECODER) or (alarms.enabled and alarms.duplicates)
+        if not whole and not needed & OF_ROWS:
+            return None
+        return await look_at_decoder(
+            ranks,
+            self.config.sae.d_sae,
+            scan,
+            lambda latents: self._scan(ranks, evidence, latents),
+            whole=whole,
+            near="splitting" in needed,
+        )
+
+    async def _weighed(
+        self, batch: RewardBatch, outcome: Outcome, held_out: Sequence[LatentReward]
+    ) -> tuple[RewardBatch, dict[str, Any], dict[str, Any]]:
+        """(the batch with the parts' advantages and the alarms' factor, both for the log, and for the next round).
+
+        With interpretability alone and without alarms the batch is as it was.
+        """
+        alarms = self.config.rlaif.alarms
+        about: dict[str, Any] = {}
+        memory: dict[str, Any] = {}
+        if not self.parts.needed and not alarms.enabled:
+            return batch, about, memory
+        # Of the files, so that a resumed run, or a round that is judged again, goes on from the same numbers.
+        before = self.applied.memory_before(batch.round)
+        if self.parts.needed:
+            combined, memory["parts"] = await self.parts.combine(outcome, before.get("parts", {}))
+            batch = replace(batch, reward=self.parts.rewards_of(combined, batch.latents))
+            about["parts"] = finite(combined.log)
+        if alarms.enabled:
+            twins = None
+            if alarms.duplicates and outcome.decoder is not None and outcome.decoder.whole_MO is not None:
+                twins = await asyncio.to_thread(duplicate_share, outcome.decoder.whole_MO)
+            report, memory["alarms"] = watch(
+                alarms,
+                before.get("alarms", {}),
+                outcome.scan,
+                outcome.texts,
+                twins,
+                held_out_scores(outcome.rewards, held_out),
+            )
+            batch = replace(batch, gamma_factor=report.factor)
+            about["alarms"] = {"state": report.state, "told": told(report), **finite(report.log())}
+        return batch, about, memory
+
     async def _judge_chunk(
-        self,
-        number: int,
-        step: int,
-        plans: list[LatentPlan],
-        scan: ContextScan,
-        texts: ContextTexts,
-        rng: np.random.Generator,
-    ) -> tuple[list[LatentReward], list[dict[str, Any]]]:
+        self, number: int, step: int, start: int, plans: list[LatentPlan], scan: ContextScan, texts: ContextTexts
+    ) -> _Judged:
         column_of = {int(latent): column for column, latent in enumerate(scan.latents)}
 
         def make_row(
@@ -199,20 +275,30 @@ class RewardDesk:
             }  # fmt: skip
 
         choices, rows = await compete(plans, self._explanations, texts, self.judge, make_row)
-        detections, more = await detect(choices, texts, self.judge, make_row, rng)
+        seed = [self.config.seed, 8, number, start]
+        detections, more = await detect(choices, texts, self.judge, make_row, np.random.default_rng(seed))
         rewards = rewards_of(choices, detections)
+        held_out: list[LatentReward] = []
+        if self.heldout is not None:
+            # The same pairs and the same shuffling; nothing is trained on these verdicts, so none is banked.
+            found, _ = await detect(choices, texts, self.heldout, lambda *_, **__: {}, np.random.default_rng(seed))
+            held_out = rewards_of(choices, found)
         rows += more
         if rows:
             self.bank.append(rows)
         self._explanations |= {r.latent: Candidate(r.explanation, r.explainer) for r in rewards}
-        return rewards, rows
+        return _Judged(choices, rewards, rows, held_out)
 
 
 def drift_row(report: DriftReport) -> dict[str, Any]:
     """A drift check for the event log; figures that could not be had are None."""
-    return {"summary": report.summary} | {
-        key: None if isinstance(value, float) and not np.isfinite(value) else value
-        for key, value in asdict(report).items()
+    return {"summary": report.summary} | finite(asdict(report))
+
+
+def finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers that are not finite as None: they could not be had."""
+    return {
+        key: None if isinstance(value, float) and not np.isfinite(value) else value for key, value in values.items()
     }
 
 

@@ -1,7 +1,7 @@
 """The controller's side of judging: the judge pool, the desk, and what is pending at them.
 
 Like `BlockStream` for producers and `WindowPipeline` for ranks: the controller waits on `pending_refs()` with
-everything else and hands what is ready to `on_ready`. Nothing here blocks.
+everything else and hands what is ready to `on_ready`. Nothing here blocks, but for the small file of `keep`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from sae_ray.config import RunConfig
 from sae_ray.errors import UserError
 from sae_ray.judge.pool import JudgePool, endpoint_keys
 from sae_ray.reward.desk import RewardDesk
+from sae_ray.reward.steering_actor import SteeringModel
 from sae_ray.session import Deadline
 from sae_ray.trainer.group import RankDied
 
@@ -48,6 +49,7 @@ class DeskLink:
         self._config = config
         self._judge = judge
         self._desk: Any = None
+        self._steering: Any = None
         self._calibration: ray.ObjectRef | None = None
         self._round: _OpenRound | None = None
         self._asked: ray.ObjectRef | None = None
@@ -64,15 +66,21 @@ class DeskLink:
         return self._round is not None
 
     def start(self) -> None:
-        """Asks for judges and a desk; returns at once. Training goes on while they come up."""
+        """Asks for judges, a desk and what it needs; returns at once. Training goes on while they come up."""
         self._judge.start()
+        config, rewards = self._config.model_dump_json(), self._config.rlaif.rewards
+        if rewards.weights.causality:
+            place = rewards.causality
+            steering: Any = ray.remote(SteeringModel).options(num_cpus=place.cpus, num_gpus=place.gpus)
+            self._steering = steering.remote(config, "cuda" if place.gpus else "cpu", rewards.threads)
         desk = ray.remote(RewardDesk).options(num_cpus=0, max_concurrency=8)
-        self._desk = desk.remote(self._config.model_dump_json(), endpoint_keys(self._config))
+        self._desk = desk.remote(config, endpoint_keys(self._config), self._steering)
 
     def stop(self) -> None:
-        if self._desk is not None:
-            ray.kill(self._desk)
-        self._desk = self._calibration = self._round = self._asked = None
+        for actor in (self._desk, self._steering):
+            if actor is not None:
+                ray.kill(actor)
+        self._desk = self._steering = self._calibration = self._round = self._asked = None
 
     def pump(self) -> None:
         """Starts the calibration once all judges serve, and refreshes the counters.
@@ -123,6 +131,14 @@ class DeskLink:
         ref = self._desk.judge_round.remote(number, step, ranks, evidence)
         deadline = Deadline(self._config.rlaif.round_timeout_s, f"judging round {number}")
         self._round = _OpenRound(number, ref, deadline)
+
+    def keep(self, number: int, at_step: int) -> None:
+        """The desk writes the rewards of a round that has been applied; returns when they are on disk.
+
+        Raises:
+            UserError: they cannot be written.
+        """
+        self._value(self._desk.keep.remote(number, at_step), f"the rewards of round {number}")
 
     def abandon_round(self) -> None:
         """Forgets an open round whose ranks are gone. What it banked stays, so asking again is cheap."""

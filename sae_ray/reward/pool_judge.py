@@ -170,6 +170,12 @@ class PoolJudge:
         await asyncio.gather(*(self._ask(part) for part in parts))
         return [self._known.get(pair) for pair in pairs]
 
+    async def priors(self, explanations: list[str]) -> list[float | None]:
+        """log p of each explanation as the judge reads it without a text, nats; None where its mode reads no such."""
+        if self.mode != "likelihood":
+            return [None] * len(explanations)
+        return await self.client.priors(explanations)
+
     async def _ask(self, pairs: list[tuple[str, str]]) -> None:
         """Asks the pool; the client bounds how many calls are open at once."""
         self._waiting += len(pairs)

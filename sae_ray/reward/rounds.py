@@ -17,7 +17,7 @@ import numpy as np
 from sae_ray.judge.scores import auroc, shuffled_explanations
 from sae_ray.reward.composition import LatentReward
 from sae_ray.reward.evidence import POSITIVE, LatentPlan, PlannedVerdict
-from sae_ray.reward.specificity import most_specific
+from sae_ray.reward.specificity import Fit, Judged, JudgedTexts, choose_specific
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,13 @@ class Judge(Protocol):
 
 @dataclass(frozen=True)
 class Choice:
+    """A latent's explanation. offered, fits: all that competed, this one among them, and how well each fits (None: not
+    measured); empty where nothing competed."""
+
     plan: LatentPlan
     explanation: Candidate
+    offered: tuple[Candidate, ...] = ()
+    fits: tuple[Fit | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -104,8 +109,13 @@ async def compete(
         weight = np.array([verdict.weight for verdict, _ in judged[0]])
         kind = np.array([verdict.kind for verdict, _ in judged[0]])
         words = [len(candidate.text.split()) for candidate in candidates]
-        winner = most_specific(probabilities, words, active, weight, kind)
-        choices.append(Choice(plan, candidates[winner]))
+        chosen = None
+        if len(active):
+            rivals = [Judged(each, length) for each, length in zip(probabilities, words, strict=True)]
+            chosen = choose_specific(rivals, JudgedTexts(active, weight, kind))
+        # The first candidate where nothing can be compared.
+        winner, fits = (0, (None,) * len(candidates)) if chosen is None else (chosen.index, chosen.fits)
+        choices.append(Choice(plan, candidates[winner], tuple(candidates), fits))
         for index, (candidate, verdicts) in enumerate(zip(candidates, judged, strict=True)):
             for verdict, value in verdicts:
                 rows.append(make_row(plan, candidate, verdict, value, chosen=index == winner, purpose="select"))

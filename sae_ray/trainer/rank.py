@@ -34,6 +34,7 @@ from sae_ray.trainer.sharded_sae import CreditLoss, ShardedTrainer
 from sae_ray.variants import SAESpec
 
 RNG = checkpoint.OF_A_RANK + "torch"
+FACTOR = "factor"  # beside the state of a credit that alarms have cooled
 
 if TYPE_CHECKING:
     from sae_ray.reward.credit import CreditSettings
@@ -64,6 +65,7 @@ class TrainerRank:
         self._hooks = [hook.name for hook in cfg.hooks]
         self.generation = -1
         self.credit: CreditLoss | None = None
+        self.credit_factor = 1.0  # of the round that the credit is of: below 1 where alarms have cooled it
         self.copies: dict[str, ShardedTrainer] = {}
         self._writer = ShardWriter()
         self._device = "cuda" if cfg.trainer.gpus and torch.cuda.is_available() else "cpu"
@@ -180,7 +182,8 @@ class TrainerRank:
         main = self.copies["main"]
         own = _fetch(batch)[0].for_shard(main.first_latent, main.last_latent)
         self.credit = None  # replaced also where no latent of this shard earns a gradient any more
-        if len(own.latents) and self.cfg.rlaif.gamma > 0:
+        self.credit_factor = own.gamma_factor
+        if len(own.latents) and self.cfg.rlaif.gamma * self.credit_factor > 0:
             acts_TD, layout = self._with_layout(_fetch(evidence), self.cfg.judge.context_tokens)
             rows_N = torch.from_numpy(own.latents - main.first_latent).to(self.mesh.device)
             x_TD, centre_D = main.scaled(acts_TD), _centre(main).clone()
@@ -250,6 +253,8 @@ class TrainerRank:
                 if name == "main":
                     state[RNG] = torch.get_rng_state()
                     credit = self.credit.state_dict() if self.credit is not None else {}
+                    if credit and self.credit_factor != 1:
+                        credit = credit | {FACTOR: torch.tensor(self.credit_factor, dtype=torch.float64)}
                     state |= {checkpoint.CREDIT + key: tensor for key, tensor in credit.items()}
         return {
             "copies": {name: self._about(name) for name in self.copies},
@@ -330,6 +335,7 @@ class TrainerRank:
             return None
         from sae_ray.reward.credit import restore_credit
 
+        self.credit_factor = float(own.pop(FACTOR, 1.0))
         own = {name: tensor.to(self.mesh.device) for name, tensor in own.items()}
         return restore_credit(self.cfg.rlaif.estimator, self._credit_settings(), own)
 
@@ -338,7 +344,13 @@ class TrainerRank:
 
         rlaif = self.cfg.rlaif
         return CreditSettings(
-            rlaif.gamma, rlaif.slope, rlaif.shrink, rlaif.half_life_steps, rlaif.max_turn, rlaif.bonus
+            rlaif.gamma,
+            rlaif.slope,
+            rlaif.shrink,
+            rlaif.half_life_steps,
+            rlaif.max_turn,
+            rlaif.bonus,
+            self.credit_factor,
         )
 
     # ----------------------------------------------------------------------------- small parts

@@ -88,6 +88,7 @@ class RewardBatch:
     row_margin: np.ndarray | None = None
     rollouts: Rollouts | None = None
     whole: RewardBatch | None = None  # what `for_shard` was taken from; None: this is the whole
+    gamma_factor: float = 1.0  # of `reward.alarms`: what all of the round's credit is multiplied by
 
     def for_shard(self, first: int, last: int) -> RewardBatch:
         """The part that concerns latents first..last-1 and that any gradient would come from."""
@@ -135,6 +136,7 @@ class CreditSettings:
     half_life_steps: float
     max_turn: float = math.pi / 2  # radians that a latent's direction may turn in a round, with unlimited evidence
     bonus: float = 0.1  # of `selection_bonus`: thresholds that an advantage of 1 is worth
+    factor: float = 1.0  # of everything that a round's credit does (`RewardBatch.gamma_factor`)
 
 
 class Deltas(NamedTuple):
@@ -149,6 +151,7 @@ class CreditEstimator:
     """An estimator that gives nothing; see the module for what may be overridden."""
 
     of_decoder: ClassVar[bool] = False  # whether the loss also has a gradient by W_dec: `params.W_dec_mO` is given
+    uses_reward: ClassVar[bool] = False  # whether `RewardBatch.reward` changes anything
 
     def __init__(self, settings: CreditSettings, state: State):
         self._settings = settings

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -29,6 +29,8 @@ class SelectionBonus(CreditEstimator):
     pair of it costs `1 - bonus_j` of the common price. The advantages of the round sum to zero, so that L0 at
     inference, which has no bonus, stays near the training's.
     """
+
+    uses_reward: ClassVar[bool] = True
 
     @classmethod
     def fit(

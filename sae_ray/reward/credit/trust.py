@@ -58,8 +58,9 @@ def common_state(settings: CreditSettings, batch: RewardBatch, latent: LatentSta
 
 
 def freshness(settings: CreditSettings, state: State, W_ND: torch.Tensor, step: int) -> torch.Tensor:
-    """[N]: weights of old rewards, of latents that have moved since they were judged, and none beyond their turn."""
-    age = age_weight(step - int(state["sae_step"]), settings.half_life_steps)
+    """[N]: weights of old rewards, of latents that have moved since they were judged, and none beyond their turn; all
+    of them lower where alarms have cooled the round."""
+    age = settings.factor * age_weight(step - int(state["sae_step"]), settings.half_life_steps)
     cos_N = F.cosine_similarity(W_ND.detach(), state["W_judged_ND"], dim=1).clamp(0, 1)
     taper_N = (2 - 2 * torch.acos(cos_N) / state["turn_N"].clamp(min=1e-6)).clamp(0, 1)
     return age * cos_N * taper_N

@@ -1,0 +1,281 @@
+"""Which parts of the reward a judged round measures, what becomes of them, and that nothing else is touched."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+from round_world import CONTEXT, World, WorldJudge, run_config
+
+from sae_ray.config import RunConfig
+from sae_ray.reward import desk as desk_module
+from sae_ray.reward.bank import VerdictBank
+from sae_ray.reward.contexts import ContextTexts
+from sae_ray.reward.credit import RewardBatch
+from sae_ray.reward.desk import CHUNK_LATENTS, RewardDesk, make_plans, reward_batch
+from sae_ray.reward.evidence import ContextScan
+from sae_ray.reward.parts import RewardParts
+from sae_ray.reward.rounds import compete, detect, rewards_of
+from sae_ray.reward.weights import PARTS, RewardCombiner
+from sae_ray.storage import LocalStorage
+
+BONUS = {"estimator": "selection_bonus"}
+OFF = {"enabled": False}
+
+
+@pytest.fixture(autouse=True)
+def _no_cluster(monkeypatch) -> None:
+    monkeypatch.setattr("sae_ray.reward.contexts.load_tokenizer", lambda _: _tokenizer())
+    monkeypatch.setattr(desk_module.ray, "put", lambda value: value)
+
+
+def _tokenizer() -> Any:
+    from round_world import Tokenizer
+
+    return Tokenizer()
+
+
+def make_desk(config: RunConfig, steering: Any = None, judge: WorldJudge | None = None) -> RewardDesk:
+    desk = RewardDesk(config.model_dump_json(), steering=steering)
+    desk.judge = judge or WorldJudge()  # type: ignore[assignment]
+    desk.parts = RewardParts(config, desk.judge, steering)
+    return desk
+
+
+def judged(desk: RewardDesk, world: World, number: int = 0) -> tuple[dict[str, Any], RewardBatch]:
+    summary, batch = asyncio.run(desk.judge_round(number, 10 + number, world.ranks, world.evidence))
+    return summary, batch  # type: ignore[return-value]
+
+
+def weights(**parts: float) -> dict[str, Any]:
+    return BONUS | {"rewards": {"weights": {"interpretability": 0, **parts}}}
+
+
+def never(*_: Any, **__: Any) -> Any:
+    raise AssertionError("computed although nothing needs it")
+
+
+def same(one: RewardBatch, other: RewardBatch) -> None:
+    for each in dataclasses.fields(RewardBatch):
+        a, b = getattr(one, each.name), getattr(other, each.name)
+        if isinstance(a, np.ndarray):
+            assert a.dtype == b.dtype, each.name
+            np.testing.assert_array_equal(a, b, err_msg=each.name)
+        else:
+            assert a == b, each.name
+
+
+async def as_before(config: RunConfig, world: World, scan: ContextScan) -> RewardBatch:
+    """Plans, competition and detection in the order and with the random numbers that rounds have always had."""
+    judge, texts = WorldJudge(), ContextTexts(config, world.blocks)
+    plans, rewards, rows = make_plans(config, scan), [], []
+
+    def make_row(plan, candidate, verdict, raw, *, chosen, purpose):
+        column = scan.latents.tolist().index(plan.latent)
+        return {
+            "latent": plan.latent, "explanation": candidate.text, "purpose": purpose, "context": verdict.context,
+            "active": verdict.kind == "positive", "token": int(scan.token_CN[verdict.context, column]),
+            "weight": verdict.weight, "margin": float(scan.margin_CN[verdict.context, column]), "score": raw,
+            "probability": judge.probability(candidate.text, raw),
+        }  # fmt: skip
+
+    for start in range(0, len(plans), CHUNK_LATENTS):
+        rng = np.random.default_rng([config.seed, 8, 0, start])
+        choices, chosen_by = await compete(plans[start : start + CHUNK_LATENTS], {}, texts, judge, make_row)
+        detections, more = await detect(choices, texts, judge, make_row, rng)
+        rewards += rewards_of(choices, detections)
+        rows += chosen_by + more
+    return reward_batch(0, 10, rewards, rows, judge.rates)
+
+
+@pytest.mark.parametrize("alarms", [{}, OFF])
+def test_with_default_weights_a_round_is_what_it_was_and_measures_no_part(tmp_path, monkeypatch, alarms):
+    world, config = World(), run_config(tmp_path, alarms=alarms)
+    for part in PARTS:
+        monkeypatch.setattr(RewardParts, f"_{part}", never)
+    monkeypatch.setattr(RewardCombiner, "combine", never)
+    if alarms:
+        monkeypatch.setattr(desk_module, "watch", never)
+        monkeypatch.setattr("sae_ray.reward.applied.AppliedRounds.memory_before", never)
+    desk = make_desk(config)
+    asyncio.run(desk.parts.prepare())
+    _, batch = judged(desk, world)
+    latents = batch.latents if len(batch.latents) == 12 else None
+    assert latents is not None, "every chosen latent of this world can be judged"
+    scan = ContextScan.merge([rank.scan_of(rank.own(latents.tolist())) for rank in world.ranks])
+    assert batch.reward is None
+    same(batch, asyncio.run(as_before(config, world, scan)))
+    assert [rank.decoder_rows.calls for rank in world.ranks] == [0, 0]
+    assert [rank.scan.calls for rank in world.ranks] == [1, 1]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_without_weight_is_not_even_called(tmp_path, monkeypatch, part):
+    world = World()
+    config = run_config(tmp_path, alarms=OFF, **weights(**{part: 1.0, "description": 1.0}))
+    for other in PARTS:
+        if other not in (part, "description"):
+            monkeypatch.setattr(RewardParts, f"_{other}", never)
+
+    async def measured(self: Any, outcome: Any) -> dict[int, float]:
+        assert (outcome.decoder is not None) == (part not in ("interpretability", "description"))
+        return {reward.latent: float(reward.latent) for reward in outcome.rewards}
+
+    monkeypatch.setattr(RewardParts, f"_{part}", measured)
+    summary, batch = judged(make_desk(config), world)
+    assert {key.split("/")[0] for key in summary["parts"]} == {part, "description", "advantage"}
+    # By the decoder's reader: nobody, the judged rows, or the whole decoder.
+    asked = {rank.decoder_rows.calls for rank in world.ranks}
+    assert asked == ({0} if part in ("interpretability", "description") else {1})
+    assert np.isfinite(batch.reward).all()
+
+
+def test_parts_become_one_advantage_in_units_of_the_clip(tmp_path):
+    settings = {"interpretability": 1.0, "description": 0.5}
+    config = run_config(tmp_path, alarms=OFF, **weights(**settings))
+    judge = WorldJudge()
+    summary, batch = judged(make_desk(config, judge=judge), World())
+    bank = VerdictBank(LocalStorage(config.run_dir)).read()
+    chosen = {row["latent"]: row["explanation"] for row in bank if row["purpose"] == "score"}
+    # A reading of n words costs 2 n + 1 nats here; both candidates hold the word that decides, so either may win.
+    by_hand = RewardCombiner(settings).combine(
+        {
+            "interpretability": _interpretability(bank),
+            "description": {int(latent): -_excess(bank, int(latent), chosen[latent]) for latent in batch.latents},
+        }
+    )
+    np.testing.assert_allclose(batch.reward, by_hand.advantage / (4 * 1.25**0.5), rtol=1e-5, atol=1e-7)
+    assert np.ptp(batch.reward) > 0.1
+    assert summary["parts"]["description/weight"] == 0.5
+    assert summary["parts"]["interpretability/known"] == 12
+    assert summary["rewards"] == int((batch.credit_weight > 0).sum())
+
+
+def _interpretability(bank: list[dict[str, Any]]) -> dict[int, float]:
+    out = {}
+    for latent in {row["latent"] for row in bank}:
+        aurocs = {}
+        for purpose in ("score", "shuffled"):
+            rows = [row for row in bank if row["latent"] == latent and row["purpose"] == purpose]
+            wins = [
+                (a["score"] > b["score"]) + 0.5 * (a["score"] == b["score"])
+                for a in rows if a["active"] for b in rows if not b["active"]
+            ]  # fmt: skip
+            aurocs[purpose] = np.mean(wins)
+        out[latent] = float(aurocs["score"] - aurocs["shuffled"])
+    return out
+
+
+def _excess(bank: list[dict[str, Any]], latent: int, chosen: str) -> float:
+    """Bits that the chosen candidate has beyond the shortest one with an F1 within an error of its own."""
+    from sae_ray.reward.specificity import Judged, JudgedTexts, choose_specific
+
+    offered = list(dict.fromkeys(r["explanation"] for r in bank if r["latent"] == latent and r["purpose"] == "select"))
+    sides = {e: [r for r in bank if r["latent"] == latent and r["explanation"] == e and r["purpose"] == "select"]
+             for e in offered}  # fmt: skip
+    first = sides[offered[0]]
+    texts = JudgedTexts(*(np.array([row[key] for row in first]) for key in ("active", "weight", "kind")))
+    rivals = [Judged(np.array([row["probability"] for row in sides[e]]), len(e.split())) for e in offered]
+    fits = choose_specific(rivals, texts).fits
+    own = fits[offered.index(chosen)]
+    good = [e for e, fit in zip(offered, fits, strict=True) if e == chosen or fit.f1 >= own.f1 - own.f1_error]
+    bits = {e: (2 * len(e.split()) + 1) / np.log(2) for e in offered}
+    return float(bits[chosen] - min(bits[e] for e in good))
+
+
+def test_a_resumed_run_goes_on_with_the_baselines_of_the_round_before(tmp_path):
+    world = World()
+    settings = weights(interpretability=1.0, description=1.0)
+    whole = make_desk(run_config(tmp_path / "whole", **settings))
+    resumed = make_desk(run_config(tmp_path / "resumed", **settings))
+    for desk in (whole, resumed):
+        judged(desk, world)
+        desk.keep(0, 11)
+    summary, batch = judged(whole, world, 1)
+    # Another process, which judges the round twice because its first answer was lost.
+    resumed = make_desk(run_config(tmp_path / "resumed", **settings))
+    judged(resumed, world, 1)
+    again_summary, again = judged(resumed, world, 1)
+    same(batch, again)
+    assert summary["parts"] == again_summary["parts"]
+    assert summary["alarms"] == again_summary["alarms"]
+    alone = make_desk(run_config(tmp_path / "alone", **settings))
+    judged(alone, world)
+    _, without_memory = judged(alone, world, 1)
+    assert (without_memory.reward != batch.reward).any(), "a round that was never applied leaves nothing behind"
+
+
+def test_only_the_round_that_was_judged_last_can_be_kept(tmp_path):
+    desk = make_desk(run_config(tmp_path))
+    judged(desk, World())
+    with pytest.raises(RuntimeError, match="round 3 is to be kept"):
+        desk.keep(3, 12)
+    desk.keep(0, 12)
+    assert desk.applied.read(0).at_step == 12
+
+
+def test_alarms_are_in_the_summary_and_their_factor_is_in_the_batch(tmp_path):
+    world = World()
+    desk = make_desk(run_config(tmp_path, alarms={"reference_rounds": 1}))
+    summary, batch = judged(desk, world)
+    assert (batch.gamma_factor, summary["alarms"]["told"]) == (1.0, "alarms ok")
+    assert summary["alarms"]["alarm/held_out_gap"] is None, "nobody is asked"
+    assert summary["alarms"]["alarm/duplicates"] is None
+    desk.keep(0, 11)
+    # Half of each latent's firings go: rarer by ln 2, between the limits ln 1.5 and ln 3.
+    fires = np.stack([(world.tokens_BSL == latent).reshape(-1) for latent in range(24)])
+    peak = world.x_TD.numpy()[:, :24].T
+    world.threshold_M = np.array([2 * np.median(p[f]) for p, f in zip(peak, fires, strict=True)])
+    summary, batch = judged(desk, world, 1)
+    assert summary["alarms"]["state"] in ("cool", "stop")
+    assert batch.gamma_factor == summary["alarms"]["alarm/gamma_factor"] < 1
+    assert "rarity" in summary["alarms"]["told"]
+
+
+def test_duplicates_are_counted_only_when_asked_for(tmp_path):
+    world = World()
+    summary, _ = judged(make_desk(run_config(tmp_path, alarms={"duplicates": True})), world)
+    assert summary["alarms"]["alarm/duplicates"] == 0.0, "the first round is the reference"
+    assert {rank.decoder_rows.calls for rank in world.ranks} == {1}
+    cosine = world.W_dec @ world.W_dec.T / np.outer(*[np.linalg.norm(world.W_dec, axis=1)] * 2)
+    twins = (cosine - 9 * np.eye(24)).max(axis=1) >= 0.9
+    desk = make_desk(run_config(tmp_path, alarms={"duplicates": True}))
+    judged(desk, world)
+    desk.keep(0, 11)
+    assert desk.applied.read(0).memory["alarms"]["alarms"]["references"]["duplicates"] == [twins.mean()]
+
+
+def test_a_held_out_judge_is_asked_the_same_questions_only_by_its_alarm(tmp_path):
+    world, held_out = World(), WorldJudge(seed=9)
+    config = run_config(tmp_path, alarms={"held_out": False})
+    assert make_desk(config).heldout is None
+    tree = config.model_dump()
+    tree["judges"] = {"heldout": {"endpoint": "http://127.0.0.1:1/v1"}}
+    tree["rlaif"]["alarms"]["held_out"] = True
+    own = WorldJudge()
+    desk = make_desk(RunConfig.model_validate(tree), judge=own)
+    assert desk.heldout is not None
+    desk.heldout = held_out  # type: ignore[assignment]
+    summary, _ = judged(desk, world)
+    assert summary["alarms"]["alarm/held_out_gap"] == 0.0, "the first round is the reference"
+    assert set(held_out.asked) < set(own.asked)
+    desk.keep(0, 11)
+    gap, error = desk.applied.read(0).memory["alarms"]["alarms"]["references"]["held_out_gap"][0]
+    bank = VerdictBank(LocalStorage(config.run_dir)).read()
+    theirs = _interpretability(
+        [row | {"score": held_out.raw(row["text"], row["explanation"])} for row in bank if row["purpose"] != "select"]
+    )
+    difference = np.array([value - theirs[latent] for latent, value in _interpretability(bank).items()])
+    assert gap == pytest.approx(difference.mean())
+    assert error == pytest.approx(difference.std(ddof=1) / len(difference) ** 0.5)
+
+
+def test_contexts_give_ids_and_their_beginning(tmp_path):
+    world = World()
+    texts = ContextTexts(run_config(tmp_path), world.blocks)
+    np.testing.assert_array_equal(texts.tokens(5), world.tokens_BSL.reshape(-1, CONTEXT)[5])
+    assert texts[5].startswith(texts.opening(5, 3))
+    assert len(texts.opening(5, 3).split()) == 3
