@@ -6,6 +6,7 @@ Errors the user can mend are one line on stderr and exit code 2.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -43,14 +44,24 @@ def train(
     config: ConfigFile,
     overrides: Overrides = None,
     fresh: Annotated[bool, typer.Option(help="remove an earlier run of this name first")] = False,
+    replay_rewards: Annotated[
+        Path | None,
+        typer.Option(help="run folder: apply that finished run's rewards, ask no judge", show_default=False),
+    ] = None,
     check: Annotated[bool, typer.Option(help="validate everything that can be without a cluster, and stop")] = False,
     verbose: Annotated[bool, typer.Option(help="show the actors' logs")] = False,
 ) -> None:
     """Run the whole loop, or resume it: the same run name continues from its last checkpoint."""
+    if replay_rewards is not None:
+        # As JSON, which is YAML: a path may hold anything.
+        overrides = [*(overrides or []), f"rlaif.replay_rewards={json.dumps(str(replay_rewards.resolve()))}"]
     run = load_config(config, overrides)
     from sae_ray.preflight import check_checkpoint, check_checkpoint_dir, check_resumable, preflight, remove_run
+    from sae_ray.reward.replay import check_replay
 
     check_checkpoint_dir(run)
+    # Before anything is removed: it may name the folder that --fresh removes.
+    check_replay(run)
     if fresh:
         remove_run(run)
     check_resumable(run)
@@ -75,6 +86,8 @@ def evaluate(
 
     settings = load_config(resolved_path(run), [f"ray.address={address}"] if address else None)
     settings = _at(settings, run)
+    # Whose rewards a run was trained with is no matter of its evaluation, which asks judges.
+    settings = settings.model_copy(update={"rlaif": settings.rlaif.model_copy(update={"replay_rewards": None})})
     check_checkpoint(settings)
     preflight(settings)
     from sae_ray.evaluation.run import evaluate_run

@@ -44,7 +44,7 @@ def run_training(config: RunConfig, verbose: bool = False) -> None:
             try:
                 controller.run()
                 controller.prepare_evaluation()
-                evaluate(config, controller.stream, controller.judge, progress, status, interrupt)
+                evaluate(_evaluated(config), controller.stream, controller.judge, progress, status, interrupt)
                 progress.phase("done", "stopping the cluster's actors")
             finally:
                 controller.close()
@@ -53,6 +53,13 @@ def run_training(config: RunConfig, verbose: bool = False) -> None:
     export(config, lambda line: console.print(line, soft_wrap=True))
     render_report(config.run_dir)
     print_results(config, console)
+
+
+def _evaluated(config: RunConfig) -> RunConfig:
+    """What is evaluated at the end: of a replay only what needs no judge; `sae-ray evaluate` measures the rest."""
+    if config.rlaif.replay_rewards is None:
+        return config
+    return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"latents": 0})})
 
 
 def export(config: RunConfig, say: Callable[[str], object]) -> None:

@@ -104,6 +104,34 @@ def test_fresh_does_not_remove_a_folder_that_is_no_run(run_cli, tmp_path):
     assert (folder / "thesis.tex").exists()
 
 
+def test_a_replay_of_a_run_by_itself_is_refused_before_fresh_removes_it(run_cli, tmp_path):
+    from sae_ray.config_file import parse_config
+
+    folder = tmp_path / "runs" / "bad"
+    folder.mkdir(parents=True)
+    rlaif = {"enabled": True}
+    (folder / "config.yaml").write_text(parse_config({**MINIMAL, "rlaif": rlaif}, "test").to_yaml())
+    code, err = run_cli("--fresh", "--replay-rewards", str(folder), rlaif=rlaif)
+    assert code == 2
+    assert "is this run's own folder" in err
+    assert (folder / "config.yaml").exists()
+
+
+def test_a_replay_of_what_is_no_run_or_another_one_is_one_line(run_cli, tmp_path):
+    from sae_ray.config_file import parse_config
+
+    code, err = run_cli("--replay-rewards", str(tmp_path / "nowhere"), rlaif={"enabled": True})
+    assert code == 2
+    assert f"rlaif.replay_rewards = {tmp_path / 'nowhere'}: holds no run" in err
+    first = tmp_path / "first"
+    first.mkdir()
+    (first / "config.yaml").write_text(parse_config({**MINIMAL, "seed": 4, "rlaif": {}}, "test").to_yaml())
+    code, err = run_cli("--replay-rewards", str(first), rlaif={"enabled": True})
+    assert code == 2
+    assert "its rewards are of another run (seed was 4, is 0)" in err
+    assert len(err.strip().splitlines()) == 1, err
+
+
 def test_check_validates_without_a_cluster(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ray, "init", lambda *args, **kwargs: pytest.fail("a cluster was started"))
     path = tmp_path / "good.yaml"

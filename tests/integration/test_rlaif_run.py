@@ -15,6 +15,7 @@ from runs import finish, losses, start, train, write_config
 from sae_ray.activations.block import Block
 from sae_ray.activations.producer import ActivationProducer
 from sae_ray.config_file import load_config
+from sae_ray.reward.applied import AppliedRounds
 from sae_ray.reward.bank import VerdictBank
 from sae_ray.sae.formats import import_saelens
 from sae_ray.sae.inference import TrainedSAE
@@ -143,6 +144,37 @@ def test_the_control_copy_trains_on_the_same_batches(finished):
     rows = [row for row in read_jsonl(folder / "runs" / "loop" / "metrics.jsonl") if row["step"] > 24]
     assert all("control/loss" in row for row in rows)
     assert rows[0]["fvu"] == rows[0]["control/fvu"]
+
+
+def test_every_applied_round_is_kept_with_its_step(finished):
+    folder, _ = finished
+    rounds = AppliedRounds(LocalStorage(folder / "runs" / "loop"))
+    events = [e for e in read_jsonl(folder / "runs" / "loop" / "events.jsonl") if e["event"] == "rewards_applied"]
+    assert [(e["round"], e["at_step"]) for e in events] == [(n, rounds.read(n).at_step) for n in rounds.numbers()]
+    assert [event["alarms"]["state"] for event in events] == ["ok", "ok"]
+    assert all(event["alarms"]["alarm/rarity"] == 0 for event in events), "two rounds are the reference"
+
+
+def test_a_replay_has_the_losses_of_the_run_and_asks_no_judge(finished, shared):
+    folder, _ = finished
+    # Nobody could serve this model.
+    config = write_config(folder, name="replay", ray=shared["ray"], judge={"model": "/no/such/model"}, **LOOP)
+    train(config, "--replay-rewards", str(folder / "runs" / "loop"), timeout=300)
+    run = folder / "runs" / "replay"
+
+    def numbers(name: str) -> list[dict[str, float]]:
+        rows = read_jsonl(folder / "runs" / name / "metrics.jsonl")
+        return [{k: v for k, v in row.items() if "seconds" not in k and "tokens_per_s" not in k} for row in rows]
+
+    assert numbers("replay") == numbers("loop")
+    assert any(row["credit_loss"] > 0 for row in numbers("replay")), "something was credited at all"
+    assert not (run / "bank").exists()
+    assert not (run / "calibration.json").exists()
+    assert json.loads((run / "evaluation.json").read_text())["detection"] == {}
+    # Going on without the other run's rewards would ask judges from here on.
+    code, _, err = finish(start(config), timeout=120)
+    assert code == 2
+    assert "rlaif.replay_rewards was " in err
 
 
 def test_a_finished_run_is_shown_again_and_not_trained_again(finished):
