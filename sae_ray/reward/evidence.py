@@ -74,6 +74,8 @@ def layout_contexts(
 def max_per_context(value_TN: torch.Tensor, layout: ContextLayout) -> torch.Tensor:
     """Largest value of each context, [C, N]; -inf where a context has no kept token."""
     out_CN = value_TN.new_full((layout.n_contexts, value_TN.shape[1]), -torch.inf)
+    if layout.context_tokens == 1:  # nothing to compare, which a scatter is slow to find out
+        return out_CN.index_copy_(0, layout.context_T, value_TN)
     return out_CN.scatter_reduce_(0, layout.context_T[:, None].expand_as(value_TN), value_TN, "amax")
 
 
