@@ -31,16 +31,23 @@ from sae_ray.evaluation.proving_ground_base import (
 )
 from sae_ray.evaluation.proving_ground_controls import Probes, TruthGate
 from sae_ray.evaluation.proving_ground_evidence import Asking, Pool, ask
-from sae_ray.evaluation.proving_ground_readout import Readout, main_metrics, measurements, readout
+from sae_ray.evaluation.proving_ground_readout import (
+    TARGET_L0,
+    Readout,
+    concepts,
+    main_metrics,
+    measurements,
+    readout,
+)
 from sae_ray.evaluation.synthetic_judge import Explaining, JudgeErrors, OracleJudge
 from sae_ray.evaluation.synthetic_matching import best_features
-from sae_ray.evaluation.synthetic_metrics import detect
+from sae_ray.evaluation.synthetic_metrics import Truth, collapsed, detect
 from sae_ray.reward.credit import ESTIMATORS, CreditSettings, LatentState, RewardBatch
 from sae_ray.trainer.sharded_sae import CreditLoss, ShardedTrainer
 
 CONTROLS = ("base", "continued", "true_labels", "probes", "verdict_probes")
 PROBE_STEPS, PROBE_BATCHES = 1500, 100
-WATCHED = 5000  # held-out samples that the metrics during fine-tuning are of
+WATCHED = 5000  # held-out samples that metrics during fine-tuning, and what a latent stands for, are of
 
 
 @dataclass(frozen=True)
@@ -103,12 +110,12 @@ def run_cell(cell: Cell, ground: Ground, cache: Path) -> dict[str, Any]:
         found = _ceiling(base, ground)
     elif cell.method == "verdict_probes":
         at, judge = _verdict_probes(cell, base, ground)
-        found = measurements(at, ground.truth)
+        found = _measured(cell, base, at, ground)
     else:
         trainer = base
         if cell.method != "base":
             trainer, judge = fine_tune(cell, base, ground, curve)
-        found = measurements(readout(trainer, ground.truth.x_ND), ground.truth)
+        found = _measured(cell, base, readout(trainer, ground.truth.x_ND), ground)
     spent = 0 if judge is None else judge.verdicts_spent
     return {
         "key": cell.key,
@@ -120,6 +127,19 @@ def run_cell(cell: Cell, ground: Ground, cache: Path) -> dict[str, Any]:
         "texts_read": 0 if judge is None else judge.texts_read,
         "cpu_seconds": time.process_time() - began,
     }
+
+
+def _measured(cell: Cell, base: ShardedTrainer, at: Readout, ground: Ground) -> dict[str, Any]:
+    """The cell's metrics at every L0, and the share of children's latents that it made their parents'."""
+    some = _watched(ground)
+    then_M = concepts(readout(base, some.x_ND), some, cell.k)
+    now_M = concepts(at._replace(margin_NM=at.margin_NM[:WATCHED], value_NM=at.value_NM[:WATCHED]), some, cell.k)
+    l0s = sorted({*TARGET_L0, cell.k})
+    return measurements(at, ground.truth, l0s) | {"collapsed": collapsed(then_M, now_M, ground.world.forest)}
+
+
+def _watched(ground: Ground) -> Truth:
+    return ground.truth._replace(x_ND=ground.truth.x_ND[:WATCHED], on_NF=ground.truth.on_NF[:WATCHED])
 
 
 # ---------------------------------------------------------------------- fine-tuning
@@ -186,7 +206,7 @@ def _latents(trainer: ShardedTrainer, rows: RewardBatch) -> LatentState:
 
 
 def _progress(trainer: ShardedTrainer, ground: Ground, l0: float) -> dict[str, float]:
-    some = ground.truth._replace(x_ND=ground.truth.x_ND[:WATCHED], on_NF=ground.truth.on_NF[:WATCHED])
+    some = _watched(ground)
     at = readout(trainer, some.x_ND)
     return {"deployed_l0": main_metrics(at, some, None)["l0"], **main_metrics(at, some, l0)}
 

@@ -27,6 +27,8 @@ from sae_ray.trainer.sharded_sae import ShardedTrainer
 
 BATCH = 1024
 POOL_BYTES = 2**27  # of training activations that are kept and gone through again; metrics are on others
+MIN_BATCHES = 128  # that are kept however large they are
+EVIDENCE_BYTES = 2**27  # of evidence pools that are kept for the next cell
 GROUPS = (1 / 8, 1 / 4, 1 / 2, 1.0)  # matryoshka's prefixes
 
 
@@ -67,7 +69,8 @@ class Ground:
         )
         self._batches: list[tuple[torch.Tensor, Firings]] = []
         self._stream = torch.Generator().manual_seed(100_003 + seed)
-        self._n_batches = max(8, POOL_BYTES // (4 * BATCH * self.world.spec.d_in))
+        self._pools: dict[tuple[int, int], Pool] = {}
+        self._n_batches = max(MIN_BATCHES, POOL_BYTES // (4 * BATCH * self.world.spec.d_in))
 
     def batch(self, step: int) -> tuple[torch.Tensor, Firings]:
         """Activations [B, D] of a fine-tuning step, the same for every cell, and what fires in them."""
@@ -78,9 +81,15 @@ class Ground:
 
     def pool(self, samples: int, round_index: int) -> Pool:
         """Fresh samples for the evidence of a round, the same for every cell."""
+        kept = self._pools.get((samples, round_index))
+        if kept is not None:
+            return kept
         generator = torch.Generator().manual_seed(500_009 + 101 * self.seed + round_index)
         firings = self.world.fire(samples, generator)
-        return Pool(self.world.activations(firings), self.world.shown(firings))
+        pool = Pool(self.world.activations(firings), self.world.shown(firings))
+        if sum(each.nbytes for each in (*self._pools.values(), pool)) <= EVIDENCE_BYTES:
+            self._pools[samples, round_index] = pool
+        return pool
 
 
 # ---------------------------------------------------------------------- the base

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from sae_ray.reward.credit import RewardBatch, gate_logit, observed
 from sae_ray.trainer.sharded_sae import CreditParams
 
+GATHERED_BYTES = 2**28  # of activations that probes of verdicts are fitted on at once
+
 
 class TruthGate:
     """The gate BCE of the estimators, with the true labels of every sample in the place of a judge.
@@ -88,24 +90,37 @@ class Probes:
         `ridge` is per weight, against a likelihood that is a mean over the population.
         """
         rows = [np.flatnonzero(batch.row_latent == latent) for latent in batch.latents]
-        width = max(len(row) for row in rows)
-        place_NQ, weight_NQ, said_NQ = torch.zeros(len(rows), width).long(), *torch.zeros(2, len(rows), width)
-        for index, row in enumerate(rows):
-            place_NQ[index, : len(row)] = torch.from_numpy(batch.row_token[row])
-            weight_NQ[index, : len(row)] = torch.from_numpy(batch.row_weight[row] / batch.row_weight[row].sum())
-            said_NQ[index, : len(row)] = torch.from_numpy(batch.row_verdict[row])
-        x_NQD = self.standard(x_TD)[place_NQ]
-        W_ND = torch.zeros(len(rows), x_TD.shape[1], requires_grad=True)
-        b_N = torch.full((len(rows),), -3.0, requires_grad=True)
-        optimiser = torch.optim.Adam([W_ND, b_N], lr=0.05)
-        for _ in range(steps):
-            presence_NQ = torch.sigmoid(torch.bmm(x_NQD, W_ND[..., None])[..., 0] + b_N[:, None])
-            p_NQ = observed(presence_NQ, batch.false_positive_rate, batch.false_negative_rate).clamp(1e-4, 1 - 1e-4)
-            bce_NQ = weight_NQ * F.binary_cross_entropy(p_NQ, said_NQ, reduction="none")
-            loss = bce_NQ.sum() + ridge * W_ND.square().sum()
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-        latents = torch.from_numpy(batch.latents)
+        z_TD = self.standard(x_TD)
         self.b_M.fill_(-1e4)  # a latent that was not judged has no probe and stays silent
-        self.W_MD[latents], self.b_M[latents] = W_ND.detach(), b_N.detach()
+        # Latents do not depend on each other: as many at once as their rows' activations may take room.
+        at_once = max(1, GATHERED_BYTES // (max(len(row) for row in rows) * z_TD.shape[1] * z_TD.element_size()))
+        for first in range(0, len(rows), at_once):
+            some = slice(first, first + at_once)
+            W_ND, b_N = _fit_verdicts(z_TD, batch, rows[some], steps, ridge)
+            latents = torch.from_numpy(batch.latents[some])
+            self.W_MD[latents], self.b_M[latents] = W_ND, b_N
+
+
+def _fit_verdicts(
+    z_TD: torch.Tensor, batch: RewardBatch, rows: list[np.ndarray], steps: int, ridge: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights [N, D] and biases [N] of the probes of some latents; see `Probes.train_on_verdicts`."""
+    width = max(len(row) for row in rows)
+    place_NQ, weight_NQ, said_NQ = torch.zeros(len(rows), width).long(), *torch.zeros(2, len(rows), width)
+    for index, row in enumerate(rows):
+        place_NQ[index, : len(row)] = torch.from_numpy(batch.row_token[row])
+        weight_NQ[index, : len(row)] = torch.from_numpy(batch.row_weight[row] / batch.row_weight[row].sum())
+        said_NQ[index, : len(row)] = torch.from_numpy(batch.row_verdict[row])
+    z_NQD = z_TD[place_NQ]
+    W_ND = torch.zeros(len(rows), z_TD.shape[1], requires_grad=True)
+    b_N = torch.full((len(rows),), -3.0, requires_grad=True)
+    optimiser = torch.optim.Adam([W_ND, b_N], lr=0.05)
+    for _ in range(steps):
+        presence_NQ = torch.sigmoid(torch.bmm(z_NQD, W_ND[..., None])[..., 0] + b_N[:, None])
+        p_NQ = observed(presence_NQ, batch.false_positive_rate, batch.false_negative_rate).clamp(1e-4, 1 - 1e-4)
+        bce_NQ = weight_NQ * F.binary_cross_entropy(p_NQ, said_NQ, reduction="none")
+        loss = bce_NQ.sum() + ridge * W_ND.square().sum()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return W_ND.detach(), b_N.detach()

@@ -29,6 +29,10 @@ class Pool(NamedTuple):
     on_TF: torch.Tensor  # bool
 
     @property
+    def nbytes(self) -> int:
+        return self.x_TD.nbytes + self.on_TF.nbytes
+
+    @property
     def layout(self) -> ContextLayout:
         contexts = torch.arange(len(self.x_TD))
         return ContextLayout(contexts, torch.zeros_like(contexts), len(contexts), 1)
@@ -70,7 +74,8 @@ def ask(
     feature_M = judge.explain(active_TM[:n_texts], pool.on_TF[:n_texts], asking.explain)
     count_M = active_TM.sum(0)
     judged = torch.nonzero((count_M >= MIN_ACTIVE) & (count_M <= len(active_TM) - MIN_ACTIVE)).flatten().numpy()
-    drawn = [draw_rows(margin_TM[:, latent].numpy(), asking.verdicts, rng) for latent in judged]
+    margin_MT = margin_TM.T.contiguous().numpy()  # columns would be read a number per cache line
+    drawn = [draw_rows(margin_MT[latent], asking.verdicts, rng) for latent in judged]
     sample, kind, weight = (np.concatenate([rows[i] for rows in drawn]) for i in range(3))
     row_latent = np.repeat(judged, [len(rows[0]) for rows in drawn])
     sample_V = torch.from_numpy(sample)

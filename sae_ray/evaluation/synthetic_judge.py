@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from sae_ray.errors import UserError
+from sae_ray.evaluation.synthetic_matching import best_by_f1
 from sae_ray.evaluation.synthetic_worlds import Forest
 
 Explaining = Literal["f1", "random_negatives"]
@@ -66,19 +67,13 @@ class OracleJudge:
         section 1 warns of.
         """
         self.texts_read += len(fires_NM)
-        found_M = self._by_f1(fires_NM, on_NF) if how == "f1" else self._by_contrast(fires_NM, on_NF)
+        found_M = best_by_f1(fires_NM, on_NF) if how == "f1" else self._by_contrast(fires_NM, on_NF)
         wrong_M = torch.rand(len(found_M), generator=self._generator) < self.errors.explanation
         for latent in torch.nonzero(wrong_M).flatten().tolist():
             relatives = self._relatives[int(found_M[latent])]
             if len(relatives):
                 found_M[latent] = relatives[int(torch.randint(len(relatives), (), generator=self._generator))]
         return found_M
-
-    @staticmethod
-    def _by_f1(fires_NM: torch.Tensor, on_NF: torch.Tensor) -> torch.Tensor:
-        both_MF = fires_NM.float().T @ on_NF.float()
-        size_MF = fires_NM.sum(0)[:, None] + on_NF.sum(0)
-        return (2 * both_MF / size_MF.clamp(min=1)).argmax(1)
 
     def _by_contrast(self, fires_NM: torch.Tensor, on_NF: torch.Tensor) -> torch.Tensor:
         found = []

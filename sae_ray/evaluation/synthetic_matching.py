@@ -23,6 +23,13 @@ def best_features(W_dec_MD: torch.Tensor, directions_FD: torch.Tensor) -> torch.
     return cosines(W_dec_MD, directions_FD).abs().argmax(1)
 
 
+def best_by_f1(fires_NM: torch.Tensor, on_NF: torch.Tensor) -> torch.Tensor:
+    """The feature that each latent's firing is the best F1 detector of over these samples, int64 [M]."""
+    both_MF = fires_NM.float().T @ on_NF.float()
+    size_MF = fires_NM.sum(0)[:, None] + on_NF.sum(0)
+    return (2 * both_MF / size_MF.clamp(min=1)).argmax(1)
+
+
 def mcc(W_dec_MD: torch.Tensor, directions_FD: torch.Tensor) -> float:
     """Mean |cosine| of latents and features under the one-to-one assignment that makes it largest (2505.20254)."""
     similarity_MF = cosines(W_dec_MD, directions_FD).abs()

@@ -68,22 +68,49 @@ class Detection(NamedTuple):
     f1: torch.Tensor
 
 
-def measure(f_NM: torch.Tensor, x_hat_ND: torch.Tensor, W_dec_MD: torch.Tensor, truth: Truth) -> SyntheticMetrics:
-    """All metrics of an SAE that encodes the samples as `f_NM` and reconstructs them as `x_hat_ND`."""
+class Matching(NamedTuple):
+    """Which latent stands for which feature: what depends on the decoder alone, at any L0."""
+
+    best_M: torch.Tensor
+    tracker_F: torch.Tensor
+    mcc: float
+    uniqueness: float
+
+
+def match(W_dec_MD: torch.Tensor, directions_FD: torch.Tensor) -> Matching:
+    return Matching(
+        best_features(W_dec_MD, directions_FD),
+        trackers(W_dec_MD, directions_FD),
+        mcc(W_dec_MD, directions_FD),
+        uniqueness(W_dec_MD, directions_FD),
+    )
+
+
+def measure(
+    f_NM: torch.Tensor,
+    x_hat_ND: torch.Tensor,
+    W_dec_MD: torch.Tensor,
+    truth: Truth,
+    matching: Matching | None = None,
+) -> SyntheticMetrics:
+    """All metrics of an SAE that encodes the samples as `f_NM` and reconstructs them as `x_hat_ND`.
+
+    Args:
+        matching: of this decoder, where it is known already.
+    """
     fires_NM = f_NM != 0
-    best_M = best_features(W_dec_MD, truth.directions_FD)
-    detection = detect(fires_NM, truth.on_NF[:, best_M])
-    tracker_F = trackers(W_dec_MD, truth.directions_FD)
-    absorbed, alone, parents = absorption(fires_NM, truth.on_NF, tracker_F, truth.forest)
-    tracked = torch.nonzero(tracker_F >= 0).flatten()
+    matching = matching or match(W_dec_MD, truth.directions_FD)
+    detection = detect(fires_NM, truth.on_NF[:, matching.best_M])
+    absorbed, alone, parents = absorption(fires_NM, truth.on_NF, matching.tracker_F, truth.forest)
+    tracked = torch.nonzero(matching.tracker_F >= 0).flatten()
     return SyntheticMetrics(
         l0=float(fires_NM.sum(1, dtype=torch.float64).mean()),
         ev=explained_variance(truth.x_ND, x_hat_ND),
         f1=float(detection.f1.mean()),
         precision=float(detection.precision.mean()),
         recall=float(detection.recall.mean()),
-        mcc=mcc(W_dec_MD, truth.directions_FD),
-        uniqueness=uniqueness(W_dec_MD, truth.directions_FD),
+        mcc=matching.mcc,
+        uniqueness=matching.uniqueness,
         dead=int((~fires_NM.any(0)).sum()),
         absorption=absorbed,
         recall_alone=alone,
@@ -138,6 +165,23 @@ def absorption(
         if only_N.any():
             alone.append(float(fires_N[only_N].double().mean()))
     return silent / parents if parents else math.nan, sum(alone) / len(alone) if alone else math.nan, parents
+
+
+def collapsed(before_M: torch.Tensor, after_M: torch.Tensor, forest: Forest) -> float:
+    """Share of the latents that stood for a child and now stand for a parent of it, at any remove; NaN without any.
+
+    Args:
+        before_M, after_M: the feature that each latent stands for.
+    """
+    of_child = forest.parent_F[before_M] >= 0
+    if not of_child.any():
+        return math.nan
+    before_M, after_M = before_M[of_child], after_M[of_child]
+    taken_M, above_M = torch.zeros_like(before_M, dtype=torch.bool), forest.parent_F[before_M]
+    while (above_M >= 0).any():
+        taken_M |= (above_M >= 0) & (above_M == after_M)
+        above_M = torch.where(above_M >= 0, forest.parent_F[above_M.clamp(min=0)], -1)
+    return float(taken_M.double().mean())
 
 
 def splitting(fires_NM: torch.Tensor, on_NF: torch.Tensor, features: torch.Tensor) -> float:

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from sae_ray.errors import UserError
-from sae_ray.evaluation import proving_ground_base, synthetic_worlds
+from sae_ray.evaluation import proving_ground_base, proving_ground_controls, synthetic_worlds
 from sae_ray.evaluation.proving_ground import Cell, fine_tune, run_cell
 from sae_ray.evaluation.proving_ground_base import Base, Ground, pretrained
 from sae_ray.evaluation.proving_ground_controls import Probes, TruthGate
 from sae_ray.evaluation.proving_ground_evidence import ACTIVE, NEAR, RANDOM, Asking, ask, draw_rows
-from sae_ray.evaluation.proving_ground_readout import full_metrics, readout
+from sae_ray.evaluation.proving_ground_readout import full_metrics, main_metrics, readout
 from sae_ray.evaluation.synthetic_judge import JudgeErrors, OracleJudge
 from sae_ray.evaluation.synthetic_matching import best_features
 from sae_ray.reward.credit import ESTIMATORS, RewardBatch
@@ -35,6 +35,7 @@ def ground():
         patch.setitem(synthetic_worlds.PRESETS, "tiny", TINY)
         patch.setattr(proving_ground_base, "BATCH", 256)
         patch.setattr(proving_ground_base, "POOL_BYTES", 2**18)
+        patch.setattr(proving_ground_base, "MIN_BATCHES", 8)
         patch.setattr("sae_ray.evaluation.proving_ground.BATCH", 256)
         patch.setattr("sae_ray.evaluation.proving_ground.PROBE_STEPS", 200)
         patch.setattr("sae_ray.evaluation.proving_ground.PROBE_BATCHES", 20)
@@ -88,6 +89,8 @@ def test_every_estimator_runs_and_spends_no_more_than_its_verdicts(ground, cache
     assert 0 < record["verdicts_per_latent"] <= 64
     assert record["matched"]["4"]["l0"] == pytest.approx(4, abs=1e-2)
     assert math.isfinite(record["matched"]["4"]["f1"])
+    assert set(record["matched"]) == {"2", "4", "8"}  # the two of every table, and the cell's own
+    assert 0 <= record["collapsed"] < 0.5
     assert Cell.read(json.loads(json.dumps(record))["cell"]) == Cell(BASE, method, **SMALL)
 
 
@@ -96,6 +99,34 @@ def test_controls_without_training_run(ground, cache, method):
     record = run_cell(Cell(BASE, method, **SMALL), ground, cache)
     assert 0 < record["deployed"]["f1"] < 1
     assert record["curve"] == []
+
+
+def test_the_base_itself_has_collapsed_nowhere_and_its_numbers_are_the_same_by_either_way(ground, cache, base):
+    record = run_cell(Cell(BASE, "base", **SMALL), ground, cache)
+    assert record["collapsed"] == 0
+    at = readout(base, ground.truth.x_ND)
+    assert record["matched"]["4"] == full_metrics(at, ground.truth, 4)
+    assert record["frontier"][2] == main_metrics(at, ground.truth, 4)
+
+
+def test_probes_of_verdicts_do_not_depend_on_how_many_are_fitted_at_once(ground, base, monkeypatch):
+    rows = rows_of(ground, base)
+    pool = ground.pool(2000, 0)
+    together, apart = Probes(pool.x_TD, 24), Probes(pool.x_TD, 24)
+    together.train_on_verdicts(pool.x_TD, rows, steps=30)
+    monkeypatch.setattr(proving_ground_controls, "GATHERED_BYTES", 5 * 64 * 16 * 4)
+    apart.train_on_verdicts(pool.x_TD, rows, steps=30)
+    assert torch.allclose(together.margin(pool.x_TD), apart.margin(pool.x_TD), atol=1e-4)
+    assert set(torch.nonzero(apart.b_M > -1e3).flatten().tolist()) == set(rows.latents.tolist())
+
+
+def test_a_pool_is_drawn_once_while_it_fits_and_the_same_when_it_does_not(ground, monkeypatch):
+    one = ground.pool(500, 7)
+    assert ground.pool(500, 7) is one
+    monkeypatch.setattr(proving_ground_base, "EVIDENCE_BYTES", 0)
+    other = ground.pool(501, 7)
+    assert ground.pool(501, 7) is not other
+    assert torch.equal(ground.pool(501, 7).x_TD, other.x_TD)
 
 
 def test_supervised_probes_are_better_detectors_than_the_base(ground, cache, base):

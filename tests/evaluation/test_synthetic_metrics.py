@@ -12,6 +12,7 @@ from sae_ray.evaluation.synthetic_metrics import (
     SPLIT_GAIN,
     Truth,
     absorption,
+    collapsed,
     detect,
     explained_variance,
     measure,
@@ -104,6 +105,16 @@ def test_an_sae_that_absorbs_is_told_from_one_that_does_not():
     absorbing = (on_NF[:, 0] & ~on_NF[:, 3])[:, None]
     assert absorption(absorbing, on_NF, tracker_F, grow(SPEC))[:2] == (1.0, 1.0)
     assert absorption(on_NF[:, :1], on_NF, tracker_F, grow(SPEC))[:2] == (0.0, 1.0)
+
+
+def test_a_latent_collapses_when_its_childs_place_is_taken_by_a_parent_at_any_remove():
+    deep = grow(WorldSpec(n_features=7, d_in=4, roots=1, branching=2, depth=2, d_sae=4))
+    assert deep.parent_F.tolist() == [-1, 0, 0, 1, 1, 2, 2]
+    before = torch.tensor([3, 3, 3, 1, 1, 0])
+    after = torch.tensor([1, 0, 2, 0, 3, 1])  # parent, grandparent, aunt; parent, child; a root has no parent
+    assert collapsed(before, after, deep) == pytest.approx(3 / 5)
+    assert collapsed(before, before, deep) == 0
+    assert math.isnan(collapsed(torch.tensor([0]), torch.tensor([1]), deep))
 
 
 def test_splitting_tries_every_pair_of_latents(case):

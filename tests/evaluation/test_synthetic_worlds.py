@@ -168,6 +168,13 @@ def test_the_large_world_is_the_research_world_ten_times():
     )
 
 
+def test_the_small_world_is_half_the_research_world_in_all_that_counts_features():
+    research, small = PRESETS["research"], PRESETS["small"]
+    sizes = ("n_features", "d_in", "roots", "d_sae")
+    assert replace(small, **{name: getattr(research, name) for name in sizes}) == research
+    assert [2 * getattr(small, name) for name in sizes] == [getattr(research, name) for name in sizes]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -183,5 +190,5 @@ def test_a_world_that_cannot_be_is_refused(change, message):
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones():
-    with pytest.raises(UserError, match="'tiny' is unknown; known: research, large, parent_child"):
+    with pytest.raises(UserError, match="'tiny' is unknown; known: research, large, parent_child, small"):
         preset("tiny")
