@@ -1,0 +1,169 @@
+"""What the bake-off is to show, each beside what was measured: met, missed or not run.
+
+A target is judged by the mean over seeds. Beside it stand the same numbers with shuffled verdicts, which no judge may
+take credit for, and with true labels, the most that any judge could know: what they miss as well, verdicts cannot mend.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from credit_grid import BATCHTOPK, DEFAULT, FAMILIES, MATRYOSHKA
+from credit_rows import Results, Row, differences, interval, mean, start_name, values
+
+from sae_ray.evaluation.proving_ground_frontier import undominated
+
+SHUFFLED, TRUTH, BROAD = (
+    f"{DEFAULT}, shuffled verdicts",
+    "true_labels",
+    f"{DEFAULT}, explained against random negatives",
+)
+EV_SLACK = 0.01  # what the issue calls equal EV
+NO_GAIN = 0.005  # of F1: less than two seeds of continued training differ by
+COLLAPSE_SLACK = 0.01  # of the latents
+
+
+class Finding(NamedTuple):
+    target: str
+    measured: str
+    shuffled: str
+    truth: str
+    met: bool | None  # None: not run
+
+
+def targets(results: Results) -> list[Finding]:
+    return [
+        _at_least(results, DEFAULT, 0.80),
+        _at_least(results, f"{DEFAULT}, 2048 verdicts", 0.83),
+        _over_matryoshka(results),
+        _moonshot(results),
+        _absorption(results),
+        *(_no_gain(results, start_name(start), start.k) for start in (BATCHTOPK, MATRYOSHKA, FAMILIES)),
+        _collapse(results),
+    ]
+
+
+def verdict(finding: Finding) -> str:
+    return "not run" if finding.met is None else "met" if finding.met else "**missed**"
+
+
+def _at_least(results: Results, name: str, least: float) -> Finding:
+    start, l0, level = start_name(BATCHTOPK), BATCHTOPK.k, 0.70
+
+    def said(of: str) -> str:
+        rows = results.at(start, of, l0, level)
+        return f"F1 {interval(values(rows, 'f1'))}, MCC {interval(values(rows, 'mcc'))}{_seeds(rows)}" if rows else ""
+
+    rows = results.at(start, name, l0, level)
+    lowest = min(mean(values(rows, "f1")), mean(values(rows, "mcc"))) if rows else math.nan
+    what = f"{start}, {name}: F1 and MCC at least {least:.2f} at EV {level:.2f}, L0 {l0}"
+    return Finding(what, said(name), said(SHUFFLED), said(TRUTH), _met(lowest, lowest >= least))
+
+
+def _over_matryoshka(results: Results) -> Finding:
+    start, l0 = start_name(MATRYOSHKA), MATRYOSHKA.k
+    continued = results.rows(start, "continued", 0.0, l0)
+    level = results.below_continued(start, l0, EV_SLACK)
+
+    def gains(of: str) -> tuple[list[float], list[float]]:
+        rows = results.at(start, of, l0, level)
+        return differences(rows, continued, "f1"), differences(rows, continued, "mcc")
+
+    def said(of: str) -> str:
+        f1, mcc = gains(of)
+        return f"F1 {interval(f1, True)}, MCC {interval(mcc, True)} ({len(f1)} seeds)" if f1 else ""
+
+    f1, mcc = (mean(found) for found in gains(DEFAULT))
+    what = f"{start}: F1 +.03, MCC no lower than continued training's, EV within {EV_SLACK}"
+    return Finding(what, said(DEFAULT), said(SHUFFLED), said(TRUTH), _met(f1, f1 >= 0.03 and mcc >= 0))
+
+
+def _moonshot(results: Results) -> Finding:
+    """Over L0s: is some cell with credit nowhere worse in EV, F1 and MCC, and somewhere better?"""
+    control = _frontiers(results, start_name(MATRYOSHKA), "continued")
+    left, of = [], []
+    for name in (DEFAULT, SHUFFLED, TRUTH):
+        credited = [_frontiers(results, start_name(start), name) for start in (BATCHTOPK, MATRYOSHKA)]
+        counts = []
+        for seed, points in control.items():
+            others = [row for rows in credited for row in rows.get(seed, [])]
+            if others:
+                counts.append(float(len(undominated(points, others))))
+                of.append(len(points))
+        left.append(counts)
+    said = [f"{mean(counts):.1f} of {max(of)} points left ({len(counts)} seeds)" if counts else "" for counts in left]
+    found = mean(left[0])
+    what = f"no point of {start_name(MATRYOSHKA)}'s frontier over L0 is undominated (L0, EV, F1, MCC)"
+    return Finding(what, *said, _met(found, found == 0))
+
+
+def _frontiers(results: Results, start: str, name: str) -> dict[int, list[Row]]:
+    """Over L0, of all gammas, by seed."""
+    out: dict[int, list[Row]] = {}
+    for of_gamma in results.cells.get(start, {}).get(name, {}).values():
+        for seed, record in of_gamma.items():
+            mcc = record["deployed"]["mcc"]  # of the decoder: the same at every L0
+            out.setdefault(seed, []).extend({**row, "mcc": mcc} for row in record["frontier"])
+    return out
+
+
+def _absorption(results: Results) -> Finding:
+    start, l0 = start_name(FAMILIES), FAMILIES.k
+    base = results.rows(start, "base", 0.0, l0)
+    level = {seed: row["ev"] - EV_SLACK for seed, row in base.items()}
+
+    def ratios(of: str) -> list[float]:
+        rows = results.at(start, of, l0, level)
+        return [row["absorption"] / base[seed]["absorption"] for seed, row in rows.items() if base[seed]["absorption"]]
+
+    def said(of: str) -> str:
+        return f"{interval(ratios(of))} of {interval(values(base, 'absorption'))}" if ratios(of) else ""
+
+    found = mean(ratios(DEFAULT))
+    what = f"{start}: absorption at most half of the base's at its EV less {EV_SLACK}, L0 {l0}"
+    return Finding(what, said(DEFAULT), said(SHUFFLED), said(TRUTH), _met(found, found <= 0.5))
+
+
+def _no_gain(results: Results, start: str, l0: int) -> Finding:
+    continued = results.rows(start, "continued", 0.0, l0)
+    level = results.below_continued(start, l0, EV_SLACK)
+
+    def gains(of: str) -> list[float]:
+        return differences(results.at(start, of, l0, level), continued, "f1")
+
+    said = [f"F1 {interval(gains(of), True)}" if gains(of) else "" for of in (DEFAULT, SHUFFLED, TRUTH)]
+    found = mean(gains(SHUFFLED))
+    what = f"{start}: shuffled verdicts gain at most {NO_GAIN} of F1 on continued training, at its EV less {EV_SLACK}"
+    return Finding(what, *said, _met(found, found <= NO_GAIN))
+
+
+def _collapse(results: Results) -> Finding:
+    """Everywhere; the largest share over gammas counts."""
+    starts = [start_name(start) for start in (BATCHTOPK, MATRYOSHKA, FAMILIES)]
+
+    def shares(start: str, of: str) -> list[float]:
+        rows = [results.rows(start, of, gamma, 4) for gamma in results.gammas(start, of)]  # one number for all L0s
+        return [mean(values(found, "collapsed")) for found in rows if found]
+
+    parts, excess = [], []
+    for start in starts:
+        own, none = shares(start, DEFAULT), shares(start, "continued")
+        if own and none:
+            excess.append(max(own) - max(none))
+            broad = shares(start, BROAD)
+            parts.append(
+                f"{start}: {max(own):.1%}, continued {max(none):.1%}"
+                + (f", against random negatives {max(broad):.1%}" if broad else "")
+            )
+    worst = max(excess) if len(excess) == len(starts) else math.nan
+    what = "the default makes no more children's latents their parents' than continued training does"
+    return Finding(what, "; ".join(parts), "", "", _met(worst, worst <= COLLAPSE_SLACK))
+
+
+def _met(measured: float, met: bool) -> bool | None:
+    return None if math.isnan(measured) else met
+
+
+def _seeds(rows: dict[int, Row]) -> str:
+    return f" ({len(rows)} seeds)"
