@@ -32,9 +32,9 @@ def test_work_for_a_block_does_not_grow_with_the_number_of_actors(calls, trainer
     per_block = []
     for actors in (100, 400):
         calls.update(lease=0, looked=0)
-        found, _ = controller_load.drive(actors, 12_800, ranks=16, trainer_bound=trainer_bound, samples=2)
-        assert found[-1].blocks == 12_800
-        per_block.append((calls["lease"] / 12_800, calls["looked"] / 12_800))
+        found, _ = controller_load.drive(actors, 6_400, ranks=16, trainer_bound=trainer_bound, samples=2)
+        assert found[-1].blocks == 6_400
+        per_block.append((calls["lease"] / 6_400, calls["looked"] / 6_400))
     # A lease, and one that finds no room, for each turn of the loop: blocks and the ranks' answers (16 per 32 blocks).
     assert max(max(pair) for pair in per_block) < 5
     assert per_block[1][0] < per_block[0][0] * 1.5
@@ -54,9 +54,9 @@ def test_nothing_is_kept_of_blocks_that_are_trained():
         }
 
     short = sizes(controller_load.drive(80, 3_200, ranks=16, samples=1)[1])
-    found, controller = controller_load.drive(80, 32_000, ranks=16, samples=1)
+    found, controller = controller_load.drive(80, 16_000, ranks=16, samples=1)
     long = sizes(controller)
-    assert found[0].blocks == 32_000
+    assert found[0].blocks == 16_000
     assert {name: size for name, size in long.items() if size > short[name] + 300} == {}
     assert "ray" in sys.modules
     assert controller_load.stream_module.ray is sys.modules["ray"]

@@ -12,7 +12,7 @@ import os
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-_IN_THE_SUITE = 6000
+_IN_THE_SUITE = 3000
 _ASKED = os.environ.get("SAE_RAY_FUZZ_EXAMPLES")
 
 
