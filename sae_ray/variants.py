@@ -172,3 +172,8 @@ def _check_judged(run: RunConfig) -> None:
             f"hook_out {run.hook_out.name}: a transcoder cannot be judged: set {' and '.join(asked)}, "
             "or make it one of `saes` beside a main that is no transcoder"
         )
+    if run.rlaif.enabled and run.rlaif.gate_threshold == "fitted" and run.sae.architecture == "jumprelu":
+        raise ValueError(
+            "rlaif.gate_threshold fitted: is not for sae.architecture jumprelu, whose thresholds are learned and "
+            "hold its L0; moving would be right"
+        )

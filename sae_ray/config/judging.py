@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from sae_ray.config.loop import LoopConfig
 from sae_ray.config.rewards import AlarmsConfig, RewardsConfig
 from sae_ray.config.sections import Dtype, Fraction, Positive, Seconds, Section
 
@@ -96,7 +97,7 @@ class JudgeConfig(Section):
         return self
 
 
-class RLAIFConfig(Section):
+class RLAIFConfig(LoopConfig):
     enabled: bool = True
     steps: Positive = Field(200, description="steps of the RLAIF phase, after the reconstruction phase")
     rounds: Positive = Field(2, description="evidence, explanation and verdict rounds")

@@ -28,7 +28,8 @@ from sae_ray.tensor_file import buffers_of
 FORMAT = 2
 MANIFEST = "manifest.json"
 CREDIT = "credit."
-OF_THE_WHOLE_SAE = frozenset({"b_dec", "threshold", "price"})  # all else is per latent, but for what is the rank's own
+# All else is per latent, but for what is the rank's own.
+OF_THE_WHOLE_SAE = frozenset({"b_dec", "threshold", "price", "gamma_hold"})
 OF_A_RANK = "rng."
 
 

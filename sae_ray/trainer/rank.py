@@ -24,7 +24,7 @@ from sae_ray.errors import UserError
 from sae_ray.reward.evidence import ContextScan, layout_contexts, scan_contexts
 from sae_ray.sae.formats import check_fits, import_sae
 from sae_ray.sae.selection import select_above
-from sae_ray.trainer import checkpoint
+from sae_ray.trainer import checkpoint, gamma_hold
 from sae_ray.trainer.collectives import Collectives
 from sae_ray.trainer.credit_state import reshard
 from sae_ray.trainer.mesh import Mesh
@@ -66,6 +66,7 @@ class TrainerRank:
         self.generation = -1
         self.credit: CreditLoss | None = None
         self.credit_factor = 1.0  # of the round that the credit is of: below 1 where alarms have cooled it
+        self._hold: gamma_hold.GammaHold | None = None
         self.copies: dict[str, ShardedTrainer] = {}
         self._writer = ShardWriter()
         self._device = "cuda" if cfg.trainer.gpus and torch.cuda.is_available() else "cpu"
@@ -105,6 +106,7 @@ class TrainerRank:
             )
             mesh = Mesh.connect(self.cfg.trainer.dp, self.cfg.trainer.tp, self._device)
         self.mesh, self.collectives = mesh, Collectives(mesh)
+        self._hold = gamma_hold.hold_of(self.cfg.rlaif, mesh.device)
         return os.getpid()
 
     def build(self, first_window_blocks: list[Any]) -> dict[str, float]:
@@ -146,15 +148,18 @@ class TrainerRank:
         batches = window_batches(window, n_tokens, self.cfg.trainer.batch_tokens, self.cfg.seed)
         todo = batches[start_batch : None if max_steps is None else start_batch + max_steps]
         first_step = self.copies["main"].steps_done
+        main_credit = self.credit if self.credit is None or self._hold is None else self._hold.held(self.credit)
         for index_B in todo:
             low, high = self.mesh.rows(len(index_B))
             index_b = index_B[low:high]
             # One gather for each hook point, shared by all copies that read it.
             raw = {hook: acts_TD[index_b].to(self.mesh.device) for hook, acts_TD in acts.items()}
             for name, trainer in self.copies.items():
-                spec, credit = self._spec(name), self.credit if name == "main" else None
+                spec, credit = self._spec(name), main_credit if name == "main" else None
                 target_bO = None if spec.hook_out is None else raw[spec.hook_out.name]
                 trainer.step(raw[spec.hook.name], len(index_B), credit, target_bO)
+            if self._hold is not None:
+                self._hold.observe(*self.copies["main"].levels)
         cursor = next_cursor(window, start_batch + len(todo), len(batches))
         return WindowResult(
             window,
@@ -183,6 +188,8 @@ class TrainerRank:
         own = _fetch(batch)[0].for_shard(main.first_latent, main.last_latent)
         self.credit = None  # replaced also where no latent of this shard earns a gradient any more
         self.credit_factor = own.gamma_factor
+        if self._hold is not None:
+            self._hold.begin()
         if len(own.latents) and self.cfg.rlaif.gamma * self.credit_factor > 0:
             acts_TD, layout = self._with_layout(_fetch(evidence), self.cfg.judge.context_tokens)
             rows_N = torch.from_numpy(own.latents - main.first_latent).to(self.mesh.device)
@@ -239,6 +246,18 @@ class TrainerRank:
         rows_nD = trainer.W_dec_mD[torch.from_numpy(local - trainer.first_latent).to(self.mesh.device)]
         return local, rows_nD.cpu().numpy()
 
+    def unit_rows(self, latents: list[int], which: str = "main") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids int64 [n] of those of `latents` that this shard holds, and their unit encoder and decoder rows, float16
+        [n, D]; no communication."""
+        trainer = self._copy(which)
+        local = self._local(latents, trainer)
+        rows = torch.from_numpy(local - trainer.first_latent).to(self.mesh.device)
+        unit = [
+            torch.nn.functional.normalize(W_mD[rows].float(), dim=1).half().cpu().numpy()
+            for W_mD in (trainer.W_enc_mD, trainer.W_dec_mD)
+        ]
+        return local, unit[0], unit[1]
+
     # ----------------------------------------------------------------------------- checkpoints
 
     def save(self, folder: str) -> dict[str, Any]:
@@ -252,6 +271,8 @@ class TrainerRank:
                 state = states[name] = trainer.state()
                 if name == "main":
                     state[RNG] = torch.get_rng_state()
+                    if self._hold is not None:
+                        state[gamma_hold.STATE] = self._hold.state
                     credit = self.credit.state_dict() if self.credit is not None else {}
                     if credit and self.credit_factor != 1:
                         credit = credit | {FACTOR: torch.tensor(self.credit_factor, dtype=torch.float64)}
@@ -287,6 +308,8 @@ class TrainerRank:
             self.copies[name] = trainer
             if RNG in rows:
                 torch.set_rng_state(rows[RNG])
+            if self._hold is not None and gamma_hold.STATE in rows:
+                self._hold.load(rows[gamma_hold.STATE])
         self.credit = self._restored_credit(folder, manifest)
         return manifest
 
@@ -351,6 +374,7 @@ class TrainerRank:
             rlaif.max_turn,
             rlaif.bonus,
             self.credit_factor,
+            rlaif.gate_threshold == "fitted",
         )
 
     # ----------------------------------------------------------------------------- small parts
@@ -382,6 +406,8 @@ class TrainerRank:
 
     def _read_metrics(self) -> list[dict[str, float]]:
         rows = self.copies["main"].read_metrics()
+        if self._hold is not None:
+            rows = [row | {"gamma_weight": float(self._hold.weight)} for row in rows]
         for name, trainer in self.copies.items():
             if name != "main":
                 for row, other in zip(rows, trainer.read_metrics(), strict=True):

@@ -87,6 +87,7 @@ class ShardedTrainer:
         self.own: Parameters = self.architecture.new_parameters(m, self.dtype, device)
         self.threshold = torch.zeros((), dtype=torch.float32, device=device)
         self.price = torch.zeros(2, dtype=self.dtype, device=device)  # jumprelu: multiplier, L0 of the last step
+        self.levels = self.price.new_zeros(()), self.price.new_zeros(())  # FVU and L0 of the last step
         self.silent_m = torch.zeros(m, dtype=torch.int64, device=device)  # tokens since the latent last fired
         self.dead_m = torch.zeros(m, dtype=torch.bool, device=device)
         self.n_dead = 0  # of all shards
@@ -170,6 +171,7 @@ class ShardedTrainer:
             apply_deltas(asked(credit, "deltas", params, self._gate_threshold()), params)
 
         fvu, reconstruction, aux, penalty, _, cut, _ = totals.unbind()
+        self.levels = fvu, l0
         memory = THRESHOLD_MEMORY if self.steps_done or self.sae.init_from is not None else 0.0
         self.threshold.mul_(memory).add_((1 - memory) * cut.float())
         self._move_price(l0, context.k)

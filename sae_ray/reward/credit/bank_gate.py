@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from sae_ray.reward.credit.base import CreditEstimator, CreditSettings, LatentState, RewardBatch
 from sae_ray.reward.credit.gates import gate_logit, observed
 from sae_ray.reward.credit.rows import context_pre, context_state, row_order, row_state, rows_in_turn
-from sae_ray.reward.credit.trust import common_state, freshness
+from sae_ray.reward.credit.trust import common_state, freshness, gate_at
 from sae_ray.reward.evidence import ContextLayout
 
 if TYPE_CHECKING:
@@ -51,9 +51,8 @@ class BankGate(CreditEstimator):
         pick_V, stands_for_N = rows_in_turn(state["row_latent"], len(rows_N), self.ROWS_PER_STEP, params.step)
         latent_V = state["row_latent"][pick_V]
         pre_V = context_pre(state, pick_V, params, rows_N)
-        threshold_N = threshold.expand_as(params.b_enc_m)[rows_N]
-        unit_V = state.get("unit_N", threshold_N)[latent_V]
-        logit_V = gate_logit(pre_V, threshold_N[latent_V], self._settings.slope, unit_V)
+        threshold_N, unit_N = gate_at(self._settings, state, threshold.expand_as(params.b_enc_m)[rows_N])
+        logit_V = gate_logit(pre_V, threshold_N[latent_V], self._settings.slope, unit_N[latent_V])
         fpr, fnr = state["rates"].tolist()
         p_V = observed(torch.sigmoid(logit_V), fpr, fnr)
         bce_V = F.binary_cross_entropy(p_V.clamp(1e-4, 1 - 1e-4), state["row_verdict"][pick_V], reduction="none")

@@ -137,6 +137,7 @@ class CreditSettings:
     max_turn: float = math.pi / 2  # radians that a latent's direction may turn in a round, with unlimited evidence
     bonus: float = 0.1  # of `selection_bonus`: thresholds that an advantage of 1 is worth
     factor: float = 1.0  # of everything that a round's credit does (`RewardBatch.gamma_factor`)
+    fitted_gates: bool = False  # gates are pulled to either side of the threshold at the fit, not of the moment
 
 
 class Deltas(NamedTuple):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from sae_ray.reward.credit.base import CreditEstimator, CreditSettings, LatentState, RewardBatch, State
 from sae_ray.reward.credit.gates import debias, gate_logit, observed
 from sae_ray.reward.credit.rows import padded, row_order, row_state, rows_in_turn
-from sae_ray.reward.credit.trust import common_state, effective_verdicts, freshness, information
+from sae_ray.reward.credit.trust import common_state, effective_verdicts, freshness, gate_at, information
 from sae_ray.reward.credit.whitening import subspaces
 from sae_ray.reward.evidence import ContextLayout
 
@@ -78,8 +78,7 @@ class RewardModel(CreditEstimator):
         state, slope = self._state, self._settings.slope
         rows_N = state["latents"] - params.first_latent
         W_ND, b_N = params.W_enc_mD[rows_N], params.b_enc_m[rows_N]
-        threshold_N = threshold.expand_as(params.b_enc_m)[rows_N]
-        unit_N = state.get("unit_N", threshold_N)
+        threshold_N, unit_N = gate_at(self._settings, state, threshold.expand_as(params.b_enc_m)[rows_N])
         label_BN, sure_BN = _labels(state, x_BD)
         logit_BN = gate_logit(torch.addmm(b_N, x_BD - params.b_dec_D, W_ND.T), threshold_N, slope, unit_N)
         bce_BN = F.binary_cross_entropy_with_logits(logit_BN, label_BN, reduction="none")

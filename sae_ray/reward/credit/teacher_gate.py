@@ -11,7 +11,7 @@ from sae_ray.reward.credit.base import CreditEstimator, CreditSettings, LatentSt
 from sae_ray.reward.credit.cuts import f1_cuts
 from sae_ray.reward.credit.gates import gate_logit
 from sae_ray.reward.credit.mixing import Directions
-from sae_ray.reward.credit.trust import common_state, freshness
+from sae_ray.reward.credit.trust import common_state, freshness, gate_at
 from sae_ray.reward.credit.whitening import unit, whitener
 from sae_ray.reward.evidence import ContextLayout, max_per_context
 
@@ -71,8 +71,8 @@ class TeacherGate(CreditEstimator):
         label_BN = (torch.addmm(state["b_N"], x_BD, state["W_ND"].T) > 0).to(x_BD.dtype)
         W_ND, b_N = params.W_enc_mD[rows_N], params.b_enc_m[rows_N]
         pre_BN = torch.addmm(b_N, x_BD - params.b_dec_D, W_ND.T)
-        threshold_N = threshold.expand_as(params.b_enc_m)[rows_N]
-        logit_BN = gate_logit(pre_BN, threshold_N, self._settings.slope, state.get("unit_N"))
+        threshold_N, unit_N = gate_at(self._settings, state, threshold.expand_as(params.b_enc_m)[rows_N])
+        logit_BN = gate_logit(pre_BN, threshold_N, self._settings.slope, unit_N)
         bce_N = F.binary_cross_entropy_with_logits(logit_BN, label_BN, reduction="none").mean(0)
         bce_N = bce_N / state["rate_N"].clamp(min=1 / params.tokens(x_BD))
         weight_N = state["credit_N"] * freshness(self._settings, state, W_ND, params.step)

@@ -57,6 +57,17 @@ def common_state(settings: CreditSettings, batch: RewardBatch, latent: LatentSta
     }
 
 
+def gate_at(settings: CreditSettings, state: State, threshold_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[N] each: the threshold that gates are pulled to either side of, and the unit of their logits.
+
+    A threshold of the moment is itself moved by the gates: each latent that closes lowers it for all, all are pulled
+    below the lower one, and so on, until fewer than k pre-activations a token are positive and L0 falls below k
+    (measured: docs/credit.md). The threshold at the fit stays where it is.
+    """
+    unit_N = state.get("unit_N", threshold_N)
+    return (unit_N if settings.fitted_gates else threshold_N), unit_N
+
+
 def freshness(settings: CreditSettings, state: State, W_ND: torch.Tensor, step: int) -> torch.Tensor:
     """[N]: weights of old rewards, of latents that have moved since they were judged, and none beyond their turn; all
     of them lower where alarms have cooled the round."""
