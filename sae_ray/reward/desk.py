@@ -22,6 +22,7 @@ from sae_ray.errors import UserError
 from sae_ray.judge.drift import DriftReport
 from sae_ray.reward.applied import AppliedRound, AppliedRounds
 from sae_ray.reward.bank import VerdictBank
+from sae_ray.reward.carried import CarriedOver
 from sae_ray.reward.composition import LatentReward
 from sae_ray.reward.contexts import ContextTexts
 from sae_ray.reward.credit import RewardBatch
@@ -35,6 +36,7 @@ from sae_ray.reward.evidence import (
     choose_latents,
     plan_latent,
 )
+from sae_ray.reward.history import UnitRows
 from sae_ray.reward.parts import OF_ROWS, OF_WHOLE_DECODER, Outcome, RewardParts
 from sae_ray.reward.pool_judge import HELDOUT, PoolJudge
 from sae_ray.reward.rounds import Candidate, Choice, compete, detect, rewards_of
@@ -73,6 +75,7 @@ class RewardDesk:
         self.bank = VerdictBank(LocalStorage(self.config.run_dir))
         self.applied = AppliedRounds(LocalStorage(self.config.run_dir))
         self._last: AppliedRound | None = None  # judged last, and not necessarily applied yet
+        self.carried = CarriedOver(self.config.rlaif, LocalStorage(self.config.run_dir))
         self._state = "starting"
         self._explanations: dict[int, Candidate] = {}
         for row in self.bank.read():
@@ -118,9 +121,12 @@ class RewardDesk:
         before = self.judge.usage()
         rng = np.random.default_rng([self.config.seed, 7, number])
         texts = ContextTexts(self.config, [await ref for ref in evidence])
+        self.carried.start(number)
         latents = await self._latents_of_round(number, ranks, evidence, texts.n_contexts, rng)
-        scan = await self._scan(ranks, evidence, latents)
-        plans = make_plans(self.config, scan)
+        scan = await self._scan(ranks, evidence, self.carried.to_scan(latents))
+        if self.carried.on:
+            self.carried.begin(latents, scan, await self._unit_rows(ranks, scan.latents))
+        plans = make_plans(self.config, scan, number, latents)
         self.judge.bind(texts, scan)
         decoder = await self._look_at_decoder(ranks, evidence, scan)
         # Two at a time: while one chunk's explanations are being written, the judge reads the other's texts.
@@ -146,6 +152,7 @@ class RewardDesk:
             )
         deal = np.random.default_rng([self.config.seed, 10, number]) if self.config.rlaif.shuffle_verdicts else None
         batch = reward_batch(number, step, rewards, rows, self.judge.rates, deal)
+        batch = self.carried.finish(batch, rewards, scan)
         batch, about, memory = await self._weighed(
             batch,
             Outcome(scan, texts, [choice for chunk in judged for choice in chunk.choices], rewards, decoder),
@@ -164,6 +171,7 @@ class RewardDesk:
             "usage": self.judge.usage(),
             "drift": None if drift is None else drift_row(drift),
             **about,
+            **self.carried.summary(),
         }
         self._last = AppliedRound(batch, -1, summary, memory)
         return summary, ray.put(batch)
@@ -181,14 +189,18 @@ class RewardDesk:
     async def _latents_of_round(
         self, number: int, ranks: list[Any], evidence: list[ray.ObjectRef], n_contexts: int, rng: np.random.Generator
     ) -> np.ndarray:
-        """The latents of the first round stay under judgement, so that their rewards can be followed."""
-        if number and self._explanations:
-            return np.array(sorted(self._explanations))[: self.config.rlaif.latents]
+        """By `rlaif.choose`: unless it says otherwise, those of the first round again, so that their rewards can be
+        followed."""
         config = self.config.rlaif
+        if number and self._explanations and config.choose == "first":
+            return np.array(sorted(self._explanations))[: config.latents]
         counts = await asyncio.gather(
             *(rank.count_contexts.remote(evidence, self.config.judge.context_tokens) for rank in ranks)
         )
         need = config.positives + config.explainer_examples
+        if number and config.choose == "value":
+            now = await self._unit_rows(ranks, self.carried.history.latents())
+            return self.carried.choose(np.concatenate(counts), n_contexts, need, now, rng)
         return choose_latents(np.concatenate(counts), n_contexts, config.latents, need, config.max_context_share, rng)
 
     async def _scan(self, ranks: list[Any], evidence: list[ray.ObjectRef], latents: np.ndarray) -> ContextScan:
@@ -248,6 +260,9 @@ class RewardDesk:
             about["alarms"] = {"state": report.state, "told": told(report), **finite(report.log())}
         return batch, about, memory
 
+    async def _unit_rows(self, ranks: list[Any], latents: np.ndarray) -> UnitRows:
+        return UnitRows.merge(await asyncio.gather(*(rank.unit_rows.remote(latents.tolist()) for rank in ranks)))
+
     async def _judge_chunk(
         self, number: int, step: int, start: int, plans: list[LatentPlan], scan: ContextScan, texts: ContextTexts
     ) -> _Judged:
@@ -274,7 +289,7 @@ class RewardDesk:
                 "probability": None if raw is None else self.judge.probability(candidate.text, raw),
             }  # fmt: skip
 
-        choices, rows = await compete(plans, self._explanations, texts, self.judge, make_row)
+        choices, rows = await compete(plans, self._explanations, texts, self.carried.explainer(self.judge), make_row)
         seed = [self.config.seed, 8, number, start]
         detections, more = await detect(choices, texts, self.judge, make_row, np.random.default_rng(seed))
         rewards = rewards_of(choices, detections)
@@ -302,13 +317,22 @@ def finite(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def make_plans(config: RunConfig, scan: ContextScan) -> list[LatentPlan]:
-    """Plans for every scanned latent that still has positives on both halves."""
+def make_plans(
+    config: RunConfig, scan: ContextScan, number: int | None = None, latents: np.ndarray | None = None
+) -> list[LatentPlan]:
+    """Plans for every latent that still has positives on both halves.
+
+    Args:
+        number: of the round, of which each draws its own texts where verdicts are kept; None: not one of the rounds.
+        latents: of those that were scanned; None: all.
+    """
     settings = config.rlaif
     quota = Quota(
         settings.positives, settings.near_misses, settings.siblings, settings.randoms, settings.explainer_examples
     )
-    plans = [plan_latent(scan, column, quota, (config.seed, 9)) for column in range(len(scan.latents))]
+    draw = (config.seed, 10, number) if settings.keep_rounds and number is not None else None
+    wanted = range(len(scan.latents)) if latents is None else np.searchsorted(scan.latents, latents).tolist()
+    plans = [plan_latent(scan, column, quota, (config.seed, 9), draw) for column in wanted]
     return [plan for plan in plans if _judgeable(plan)]
 
 

@@ -155,7 +155,9 @@ class Quota:
     explainer: int
 
 
-def plan_latent(scan: ContextScan, column: int, quota: Quota, seed: tuple[int, ...]) -> LatentPlan:
+def plan_latent(
+    scan: ContextScan, column: int, quota: Quota, seed: tuple[int, ...], draw: tuple[int, ...] | None = None
+) -> LatentPlan:
     """Chooses the explainer's examples and the contexts that one latent is judged on.
 
     Positives are spread over activation quantiles. Negatives are near misses (largest margin under the
@@ -165,15 +167,26 @@ def plan_latent(scan: ContextScan, column: int, quota: Quota, seed: tuple[int, .
     Every context carries a fixed random key, and the lowest keys are taken: two versions of a latent that are
     active in nearly the same contexts are judged on nearly the same texts, so that differences between them are
     not drowned by the draw. Keys of random contexts are shared by all latents: the judge reads each text once.
+
+    Args:
+        draw: a seed of the judged contexts' own, another one in each round: verdicts on other texts are what a round
+            can add. One half of a latent's active contexts, the same in every round, is then for explainers and the
+            other for judges, so that no round judges what an explainer of another has seen.
     """
     n_contexts = len(scan.act_CN)
-    own_C = np.random.default_rng([*seed, int(scan.latents[column])]).random(n_contexts)
-    shared_C = np.random.default_rng(seed).random(n_contexts)
+    latent = int(scan.latents[column])
+    fixed_C = np.random.default_rng([*seed, latent]).random(n_contexts)
+    own_C = fixed_C if draw is None else np.random.default_rng([*draw, latent]).random(n_contexts)
+    shared_C = np.random.default_rng(draw or seed).random(n_contexts)
     act_C, margin_C = scan.act_CN[:, column], scan.margin_CN[:, column]
     active = np.flatnonzero(act_C > 0)
     active = active[np.argsort(-act_C[active], kind="stable")]
-    explainer = _for_explainer(active, quota.explainer, own_C)
-    positives = _spread(active[~np.isin(active, explainer)], quota.positives, own_C)
+    explains, judged = active, active
+    if draw is not None:
+        half_C = np.random.default_rng([*seed, latent, 1]).random(n_contexts) < 0.5
+        explains, judged = active[half_C[active]], active[~half_C[active]]
+    explainer = _for_explainer(explains, quota.explainer, fixed_C)
+    positives = _spread(judged[~np.isin(judged, explainer)], quota.positives, own_C)
 
     inactive = np.flatnonzero((act_C == 0) & np.isfinite(margin_C))
     by_margin = inactive[np.argsort(-margin_C[inactive], kind="stable")]
@@ -194,8 +207,8 @@ def plan_latent(scan: ContextScan, column: int, quota: Quota, seed: tuple[int, .
     for contexts, kind, population in strata:
         weight = population / max(1, len(contexts))
         verdicts += [PlannedVerdict(int(c), kind, weight, select=index % 2 == 0) for index, c in enumerate(contexts)]
-    unjudged = active[~np.isin(active, positives)]
-    return LatentPlan(int(scan.latents[column]), explainer.tolist(), verdicts, unjudged.tolist())
+    unjudged = explains[~np.isin(explains, positives)]
+    return LatentPlan(latent, explainer.tolist(), verdicts, unjudged.tolist())
 
 
 def _for_explainer(active: np.ndarray, n: int, key_C: np.ndarray) -> np.ndarray:

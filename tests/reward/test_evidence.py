@@ -135,3 +135,20 @@ def test_latents_share_their_random_texts():
         {v.context for v in plan_latent(scan, column, quota, (5,)).verdicts if v.kind == "random"} for column in (0, 1)
     )
     assert first & second
+
+
+def test_rounds_that_draw_anew_judge_other_texts_and_never_what_any_explainer_saw():
+    scan = random_scan(7, contexts=2000)
+    quota = Quota(20, 6, 6, 6, 12)
+    plans = [plan_latent(scan, 1, quota, (5,), draw=(5, number)) for number in range(6)]
+    judged = [{v.context for v in plan.verdicts if v.kind == POSITIVE} for plan in plans]
+    seen = set().union(*({*plan.explainer, *plan.unjudged} for plan in plans))
+    assert not seen & set().union(*judged)
+    assert seen == {*plans[0].explainer, *plans[0].unjudged}  # the same half in every round
+    assert len(set().union(*judged)) > 2.5 * len(judged[0])
+    randoms = [{v.context for v in plan.verdicts if v.kind == "random"} for plan in plans]
+    assert len(set().union(*randoms)) > 4 * len(randoms[0])
+    active = (scan.act_CN[:, 1] > 0).sum()
+    for plan in plans:
+        assert sum(v.weight for v in plan.verdicts if v.kind == POSITIVE) == pytest.approx(active)
+        assert all(scan.act_CN[context, 1] > 0 for context in plan.explainer)
