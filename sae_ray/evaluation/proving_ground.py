@@ -12,7 +12,7 @@ Suffixes: B batch, N evaluation samples, T pool samples, M latents, F features, 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +39,18 @@ from sae_ray.evaluation.proving_ground_readout import (
     measurements,
     readout,
 )
+from sae_ray.evaluation.proving_ground_rounds import Rounds, margin
 from sae_ray.evaluation.synthetic_judge import Explaining, JudgeErrors, OracleJudge
 from sae_ray.evaluation.synthetic_matching import best_features
 from sae_ray.evaluation.synthetic_metrics import Truth, collapsed, detect
 from sae_ray.reward.credit import ESTIMATORS, CreditSettings, LatentState, RewardBatch
+from sae_ray.reward.verdict_memory import VerdictMemory
+from sae_ray.trainer.gamma_hold import GammaHold
 from sae_ray.trainer.sharded_sae import CreditLoss, ShardedTrainer
 
 CONTROLS = ("base", "continued", "true_labels", "probes", "verdict_probes")
 PROBE_STEPS, PROBE_BATCHES = 1500, 100
+YOUNGER = ("keep_rounds", "fitted_gates", "max_fvu_rise", "max_l0_fall")
 WATCHED = 5000  # held-out samples that metrics during fine-tuning, and what a latent stands for, are of
 
 
@@ -63,6 +67,8 @@ class Cell:
         noise, explanation_noise, leniency: see `JudgeErrors` (verdict, explanation, leniency).
         delay_steps: trainer steps between gathering evidence and the arrival of its rewards.
         shuffled, frozen_decoder: controls that go with an estimator.
+        keep_rounds, max_fvu_rise, max_l0_fall: as in `config.loop`; what is held needs a delay, to be measured in.
+        fitted_gates: `rlaif.gate_threshold: fitted`.
     """
 
     base: Base
@@ -84,15 +90,32 @@ class Cell:
     shrink: float | None = None
     half_life_steps: float = 1e6  # no ageing unless a cell asks for it
     pool: int = 30_000
+    keep_rounds: int = 0
+    fitted_gates: bool = False
+    max_fvu_rise: float | None = None
+    max_l0_fall: float | None = None
 
     def __post_init__(self) -> None:
         if self.method not in CONTROLS and self.method not in ESTIMATORS:
             known = ", ".join([*CONTROLS, *ESTIMATORS])
             raise UserError(f"cell: method {self.method!r} is unknown; known: {known}")
+        if self.holds and (self.method not in ESTIMATORS or not self.delay_steps):
+            raise UserError(
+                f"cell: max_fvu_rise and max_l0_fall need an estimator and delay_steps above 0, not {self.method} and "
+                f"{self.delay_steps}"
+            )
+
+    @property
+    def holds(self) -> bool:
+        return self.max_fvu_rise is not None or self.max_l0_fall is not None
 
     @property
     def key(self) -> str:
-        return digest(asdict(self))
+        # What cells could not yet say when the first were run is left out where it is as it was then.
+        usual = {f.name: f.default for f in fields(self) if f.name in YOUNGER}
+        return digest(
+            {name: value for name, value in asdict(self).items() if name not in usual or value != usual[name]}
+        )
 
     @classmethod
     def read(cls, record: dict[str, Any]) -> Cell:
@@ -158,7 +181,10 @@ def fine_tune(
     frozen = {name: trainer.parameters()[name].clone() for name in ("W_dec", "b_dec")} if cell.frozen_decoder else {}
     judge = oracle(cell, ground)
     rng = np.random.default_rng([cell.base.seed, 11])
-    settings = CreditSettings(cell.gamma, cell.slope, cell.shrink, cell.half_life_steps)
+    settings = CreditSettings(cell.gamma, cell.slope, cell.shrink, cell.half_life_steps, fitted_gates=cell.fitted_gates)
+    memory = VerdictMemory(cell.keep_rounds, cell.half_life_steps) if cell.keep_rounds else None
+    rounds = Rounds(ground, cell.pool, judge, _asking(cell), rng, memory)
+    hold = GammaHold(cell.max_fvu_rise, cell.max_l0_fall) if cell.holds else None
     per_round = cell.steps // cell.rounds
     truth = TruthGate(cell.gamma, cell.slope)
     credit: CreditLoss | None = truth if cell.method == "true_labels" else None
@@ -169,22 +195,25 @@ def fine_tune(
             index = step // per_round
             feature_M = best_features(trainer.W_dec_mD, ground.truth.directions_FD)
             if cell.method in ESTIMATORS:
-                pool = ground.pool(cell.pool, index)
-                margin_TM = trainer.pre_activations(pool.x_TD) - trainer.thresholds_m()
-                rows = ask(judge, _asking(cell), margin_TM, pool, step, index, rng)
-                pending.append((step + cell.delay_steps, rows, pool))
+                pending.append((step + cell.delay_steps, *rounds.judged(trainer, step, index)))
         while pending and pending[0][0] <= step:
             _, rows, pool = pending.pop(0)
             x_TD = trainer.scaled(pool.x_TD)
             credit = ESTIMATORS[cell.method].fit(settings, rows, _latents(trainer, rows), x_TD, pool.layout)
+            if hold is not None:
+                hold.begin()
+                credit = hold.held(credit)
         x_BD, firings = ground.batch(step)
         if credit is truth:
             truth.labels_BM = ground.world.shown(firings)[:, feature_M]
         trainer.step(x_BD, BATCH, credit)
+        if hold is not None:
+            hold.observe(*trainer.levels)
         for name, tensor in frozen.items():
             trainer.parameters()[name].copy_(tensor)
         if watch is not None and (step + 1) % per_round == 0:
-            watch.append({"step": step + 1, **_progress(trainer, ground, cell.k)})
+            weight = {} if hold is None else {"gamma_weight": float(hold.weight)}
+            watch.append({"step": step + 1, **weight, **_progress(trainer, ground, cell.k)})
     return trainer, judge
 
 
@@ -233,7 +262,7 @@ def _ceiling(base: ShardedTrainer, ground: Ground) -> dict[str, Any]:
 def _verdict_probes(cell: Cell, base: ShardedTrainer, ground: Ground) -> tuple[Readout, OracleJudge]:
     """The base, each gate replaced by a probe fitted to the verdicts on its latent; magnitudes and decoder stay."""
     judge, pool = oracle(cell, ground), ground.pool(cell.pool, 0)
-    margin_TM = base.pre_activations(pool.x_TD) - base.thresholds_m()
+    margin_TM = margin(base, pool)
     asking = Asking(cell.verdicts, cell.explain, shuffled=cell.shuffled)
     rows = ask(judge, asking, margin_TM, pool, 0, 0, np.random.default_rng([cell.base.seed, 11]))
     probes = Probes(pool.x_TD, len(base.b_enc_m))

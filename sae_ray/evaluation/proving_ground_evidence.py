@@ -55,6 +55,12 @@ class Asking:
     shuffled: bool = False
 
 
+def explained(judge: OracleJudge, asking: Asking, margin_TM: torch.Tensor, pool: Pool) -> torch.Tensor:
+    """The feature that each latent is taken for, int64 [M]."""
+    n_texts = asking.explain_texts
+    return judge.explain(margin_TM[:n_texts] >= 0, pool.on_TF[:n_texts], asking.explain)
+
+
 def ask(
     judge: OracleJudge,
     asking: Asking,
@@ -63,15 +69,17 @@ def ask(
     step: int,
     round_index: int,
     rng: np.random.Generator,
+    feature_M: torch.Tensor | None = None,
 ) -> RewardBatch:
     """One round: explains every latent that is active often enough, has it judged, and packs the verdicts.
 
     Args:
+        feature_M: what `explained` says of these margins; None: it is asked here.
         margin_TM: pre-activations less thresholds; a latent is active where it is at least 0.
     """
     active_TM = margin_TM >= 0
-    n_texts = asking.explain_texts
-    feature_M = judge.explain(active_TM[:n_texts], pool.on_TF[:n_texts], asking.explain)
+    if feature_M is None:
+        feature_M = explained(judge, asking, margin_TM, pool)
     count_M = active_TM.sum(0)
     judged = torch.nonzero((count_M >= MIN_ACTIVE) & (count_M <= len(active_TM) - MIN_ACTIVE)).flatten().numpy()
     margin_MT = margin_TM.T.contiguous().numpy()  # columns would be read a number per cache line
