@@ -115,7 +115,7 @@ def config_of(folder, **rlaif: Any) -> RunConfig:
             "name": "desk", "runs_dir": str(folder), "hook": {"layer": 0}, "corpus": {"context_length": 64},
             "sae": {"d_sae": 24, "k": 2, "aux_k": 0}, "judge": {"context_tokens": SIZE},
             "trainer": {"tp": 1, "batch_tokens": 128, "steps": 40, "warmup_steps": 2, "log_every": 4, "lr": 3e-3},
-            "rlaif": {**RLAIF, **rlaif},
+            "rlaif": {**RLAIF, "alarms": {"enabled": False}, **rlaif},
         }
     )  # fmt: skip
 

@@ -59,7 +59,7 @@ class World:
     """`latents` latents with `positives` active texts and `negatives` inactive ones each.
 
     places: draws the positions at which a latent fires in one text. A text starts with a special token and, where
-    `ragged`, some of them end in padding.
+    `ragged`, some of them end in padding; where `distinct`, it says no filler twice.
     """
 
     def __init__(
@@ -70,12 +70,13 @@ class World:
         seed: int = 0,
         places: Callable[[np.random.Generator], Sequence[int]] | None = None,
         ragged: bool = False,
+        distinct: bool = False,
     ) -> None:
         self.rng = np.random.default_rng(seed)
         self.tokenizer = Words()
         self.fillers = [self.tokenizer.add("fill" + spelled(i)) for i in range(FILLERS)]
         self.tokens: dict[int, np.ndarray] = {}
-        self.ragged = ragged
+        self.ragged, self.distinct = ragged, distinct
         self.places = places or (lambda rng: rng.choice(np.arange(1, LENGTH - 4), size=2, replace=False))
         self.names = ["word" + spelled(i) for i in range(latents)]
         self.ids = [self.tokenizer.add(name) for name in self.names]
@@ -84,7 +85,7 @@ class World:
 
     def _text(self) -> int:
         context = len(self.tokens)
-        self.tokens[context] = self.rng.choice(self.fillers, size=LENGTH, replace=False).astype(np.int32)
+        self.tokens[context] = self.rng.choice(self.fillers, size=LENGTH, replace=not self.distinct).astype(np.int32)
         self.tokens[context][0] = 0
         if self.ragged and context % 3 == 0:
             self.tokens[context][LENGTH - 3 :] = -1

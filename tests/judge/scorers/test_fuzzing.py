@@ -61,7 +61,7 @@ def test_a_judge_that_reads_the_text_but_not_the_marks_is_at_chance_on_misplaced
 @pytest.mark.parametrize("name", POSITION_JUDGES)
 @pytest.mark.parametrize("ragged", [False, True])
 def test_where_and_how_much_is_highlighted_gives_nothing_away(name: str, ragged: bool) -> None:
-    world = World(latents=16, places=early, ragged=ragged)
+    world = World(latents=16, places=early, ragged=ragged, distinct=True)
     values = [score.value for score in fuzz(world, POSITION_JUDGES[name])]
     # Texts of one length carry the very same patterns on both sides, which leaves the judge exactly at chance.
     if not ragged:
@@ -71,7 +71,7 @@ def test_where_and_how_much_is_highlighted_gives_nothing_away(name: str, ragged:
 
 def test_highlights_drawn_at_random_would_have_given_it_away() -> None:
     """The position judge can tell: it is the drawing that leaves it at chance."""
-    world, rng = World(latents=10, places=early), np.random.default_rng(0)
+    world, rng = World(latents=10, places=early, distinct=True), np.random.default_rng(0)
     values = []
     for latent in world.latents:
         trials = highlighted_trials(latent, world.contexts, 20, 20, seed=0)
@@ -86,7 +86,7 @@ def test_highlights_drawn_at_random_would_have_given_it_away() -> None:
 
 
 def test_negatives_never_mark_the_latents_own_tokens_and_mark_as_many_in_the_same_places() -> None:
-    world = World(latents=12, places=early)
+    world = World(latents=12, places=early, distinct=True)
     for latent, name in zip(world.latents, world.names, strict=True):
         trials = highlighted_trials(latent, world.contexts, 20, 20, seed=0)
         patterns: dict[bool, Counter] = {True: Counter(), False: Counter()}
