@@ -27,6 +27,7 @@ os.environ.setdefault("AWS_SECRET_ACCESS_KEY", "test")
 def ray_session() -> Iterator[None]:
     """A Ray of our own with 8 logical CPUs, on however few real ones there are."""
     ray.init(
+        address="local",  # not another Ray that this machine has, or had
         num_cpus=8,
         object_store_memory=400 << 20,
         include_dashboard=False,

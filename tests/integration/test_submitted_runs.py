@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -50,6 +51,11 @@ def free_ports(n: int) -> list[int]:
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
     """A head node of its own, on loopback, that knows nothing of other Rays of this machine."""
+    with tempfile.TemporaryDirectory(prefix="sae-ray-") as folder:  # short: sockets lie below it
+        yield from running_head(folder)
+
+
+def running_head(folder: str) -> Iterator[Head]:
     gcs, dashboard = free_ports(2)
     env = {
         **os.environ,
@@ -59,6 +65,8 @@ def head() -> Iterator[Head]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": TOKEN,
+        # Where Ray notes which cluster this machine has; others are not to find this one.
+        "RAY_TMPDIR": folder,
         # A job that is asked to stop has this long to commit a checkpoint.
         "RAY_JOB_STOP_WAIT_TIME_S": "60",
     }
