@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,19 +157,19 @@ def test_every_applied_round_is_kept_with_its_step(finished):
     assert all(event["alarms"]["alarm/rarity"] == 0 for event in events), "two rounds are the reference"
 
 
+def numbers(run: Path) -> list[dict[str, float]]:
+    """What a run's metrics say, but for times."""
+    rows = read_jsonl(run / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if "seconds" not in k and "tokens_per_s" not in k} for row in rows]
+
+
 def test_a_replay_has_the_losses_of_the_run_and_asks_no_judge(finished, shared):
     folder, _ = finished
     # Nobody could serve this model.
     config = write_config(folder, name="replay", ray=shared["ray"], judge={"model": "/no/such/model"}, **LOOP)
     train(config, "--replay-rewards", str(folder / "runs" / "loop"), timeout=300)
     run = folder / "runs" / "replay"
-
-    def numbers(name: str) -> list[dict[str, float]]:
-        rows = read_jsonl(folder / "runs" / name / "metrics.jsonl")
-        return [{k: v for k, v in row.items() if "seconds" not in k and "tokens_per_s" not in k} for row in rows]
-
-    assert numbers("replay") == numbers("loop")
-    assert any(row["credit_loss"] > 0 for row in numbers("replay")), "something was credited at all"
+    assert numbers(run) == numbers(folder / "runs" / "loop")
     assert not (run / "bank").exists()
     assert not (run / "calibration.json").exists()
     assert json.loads((run / "evaluation.json").read_text())["detection"] == {}
@@ -175,6 +177,23 @@ def test_a_replay_has_the_losses_of_the_run_and_asks_no_judge(finished, shared):
     code, _, err = finish(start(config), timeout=120)
     assert code == 2
     assert "rlaif.replay_rewards was " in err
+
+
+def test_what_the_stored_rewards_say_is_what_a_replay_is_taught(finished, shared):
+    """So small a run may trust no explanation; here all are, by the file alone."""
+    folder, _ = finished
+    taught = folder / "runs" / "taught"
+    shutil.copytree(folder / "runs" / "loop", taught)
+    rounds = AppliedRounds(LocalStorage(taught))
+    first = rounds.read(0)
+    trusted = np.full_like(first.batch.credit_weight, 1 / len(first.batch.latents))
+    rounds.write(replace(first, batch=replace(first.batch, credit_weight=trusted)))
+    config = write_config(folder, name="student", ray=shared["ray"], judge={"model": "/no/such/model"}, **LOOP)
+    train(config, "--replay-rewards", str(taught), timeout=300)
+    before, after = numbers(folder / "runs" / "loop"), numbers(folder / "runs" / "student")
+    assert before[: first.at_step] == after[: first.at_step]
+    assert after[first.at_step]["credit_loss"] > 0
+    assert after[-1]["loss"] != before[-1]["loss"]
 
 
 def test_a_finished_run_is_shown_again_and_not_trained_again(finished):
