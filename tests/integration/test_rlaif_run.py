@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import ray
 import torch
-
 from runs import finish, losses, start, train, write_config
+
 from sae_ray.activations.block import Block
 from sae_ray.activations.producer import ActivationProducer
 from sae_ray.config_file import load_config
