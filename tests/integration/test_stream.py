@@ -128,7 +128,8 @@ def test_a_killed_producer_costs_no_block(stream, reference):
             assert_equals_reference(reference, "train", block_id, ref)
         stream.trained(window)
     (death,) = [event for event in events if event["what"] == "producer_died"]
-    assert death["reissued"][0] == "train/0"
+    # Which of the two got the first block is whoever was ready first.
+    assert death["reissued"][0] in ("train/0", "train/1")
     while len(stream.producers) < 2:
         turn(stream)
     assert victim["pid"] not in [producer["pid"] for producer in stream.producers]
