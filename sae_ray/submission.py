@@ -46,6 +46,7 @@ _RUN, _NUMBER, _DIGEST = "sae_ray_run", "sae_ray_attempt", "sae_ray_config"
 _PASSED_ON = ("HF_HUB_OFFLINE", "HF_ENDPOINT")
 # A connection that breaks while a job is followed is made again, so often in a row.
 _RECONNECTS, _PAUSE_S = 5, 2.0
+_STARTING_ATTEMPTS = 15
 # Places that a job's driver, on another machine, would look for in the job's own folder.
 _PLACES = (
     *("runs_dir", "corpus.paths", "activations.store", "sae.init_from", "trainer.checkpoint_dir", "model.name"),
@@ -123,21 +124,27 @@ class Jobs:
         job_id = f"sae-ray-{config.name}-{number}"
         with tempfile.TemporaryDirectory() as folder, self._errors():
             Path(folder, CONFIG_FILE).write_text(text, encoding="utf-8")
-            try:
-                self._client.submit_job(
-                    entrypoint=f"python -m sae_ray.cli train {CONFIG_FILE}",
-                    submission_id=job_id,
-                    runtime_env={
-                        "working_dir": folder,
-                        "env_vars": {name: os.environ[name] for name in _PASSED_ON if name in os.environ},
-                    },
-                    metadata={_RUN: config.name, _NUMBER: str(number), _DIGEST: digest},
-                )
-            except RuntimeError as error:
-                # Somebody else submitted the same run a moment ago.
-                if "already exists" not in str(error):
-                    raise
-                return self._join(self.latest(config.name), digest), False
+            job: dict[str, Any] = {
+                "entrypoint": f"python -m sae_ray.cli train {CONFIG_FILE}",
+                "submission_id": job_id,
+                "runtime_env": {
+                    "working_dir": folder,
+                    "env_vars": {name: os.environ[name] for name in _PASSED_ON if name in os.environ},
+                },
+                "metadata": {_RUN: config.name, _NUMBER: str(number), _DIGEST: digest},
+            }
+            for attempt in range(_STARTING_ATTEMPTS):
+                try:
+                    self._client.submit_job(**job)
+                    break
+                except RuntimeError as error:
+                    # Somebody else submitted the same run a moment ago.
+                    if "already exists" in str(error):
+                        return self._join(self.latest(config.name), digest), False
+                    # A head that has just started answers before it can take jobs.
+                    if "No available agent" not in str(error) or attempt == _STARTING_ATTEMPTS - 1:
+                        raise
+                    time.sleep(_PAUSE_S)
         return self.latest(config.name), True
 
     def logs(self, attempt: Attempt) -> str:

@@ -32,6 +32,7 @@ class Cluster:
         self.breaks = 0  # connections that break after the first chunk
         self.before_submit: Any = None
         self.down: Exception | None = None
+        self.starting = 0  # submissions that the head is not ready for
 
     def __call__(self, address: str) -> Cluster:
         if self.down is not None:
@@ -45,6 +46,9 @@ class Cluster:
         if self.before_submit is not None:
             earlier, self.before_submit = self.before_submit, None
             earlier()
+        if self.starting:
+            self.starting -= 1
+            raise RuntimeError("Request failed with status code 500: No available agent to submit job")
         if submission_id in self.jobs:
             raise RuntimeError(f"Job with submission_id {submission_id} already exists")
         self.configs[submission_id] = yaml.safe_load(Path(runtime_env["working_dir"], "run.yaml").read_text())
@@ -113,6 +117,15 @@ def test_of_two_that_submit_at_once_one_joins_the_other(cluster: Cluster, tmp_pa
     attempt, is_new = Jobs().submit(config(tmp_path))
     assert (attempt.id, is_new) == ("sae-ray-night-1", False)
     assert len(cluster.jobs) == 1
+
+
+def test_a_head_that_has_just_started_is_asked_again_for_a_while(cluster: Cluster, tmp_path: Path) -> None:
+    cluster.starting = 3
+    assert Jobs().submit(config(tmp_path))[1]
+    cluster.end("sae-ray-night-1", JobStatus.FAILED)
+    cluster.starting = 99
+    with pytest.raises(UserError, match="No available agent"):
+        Jobs().submit(config(tmp_path))
 
 
 def test_another_config_under_the_same_name_is_refused_while_one_is_under_way(cluster: Cluster, tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def head() -> Iterator[Head]:
 
 
 def running_head(folder: str) -> Iterator[Head]:
-    gcs, dashboard = free_ports(2)
+    gcs, dashboard, agent = free_ports(3)
     env = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -75,6 +75,8 @@ def running_head(folder: str) -> Iterator[Head]:
         str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--disable-usage-stats",
         "--node-ip-address=127.0.0.1", f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
         "--num-cpus=8", f"--object-store-memory={300 << 20}",
+        # Jobs are submitted to the agent, whose usual port another Ray of this machine may hold.
+        f"--dashboard-agent-listen-port={agent}",
     ]  # fmt: skip
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
