@@ -31,7 +31,7 @@ _GIB = 1 << 30
 _CPU_BLOCK_TOKENS = 32
 _MAX_SEQUENCES = 64
 _CPU_BATCH_TOKENS = 4096
-# Whose weights are safetensors by themselves, or are no PyTorch pickles.
+# Quantisations whose files vLLM reads with a loader of their own.
 _OWN_LOADERS = ("bitsandbytes", "gguf")
 # How a replica learns those of its settings that Ray Serve LLM has no place for.
 SETTINGS_VARIABLE = "SAE_RAY_JUDGE_SETTINGS"

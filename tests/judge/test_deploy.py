@@ -79,6 +79,15 @@ def test_quantisation_adapters_and_further_arguments_reach_the_engine() -> None:
     assert json.loads(replica_env(cfg)[SETTINGS_VARIABLE])["lora"] == {"a": "x", "b": "y"}
 
 
+def test_a_judges_weights_are_no_pickles() -> None:
+    def load_format(**settings: Any) -> str | None:
+        return llm_config(JudgeConfig(**settings))["engine_kwargs"].get("load_format")
+
+    assert load_format() == load_format(quantization="awq") == "safetensors"
+    assert load_format(quantization="gguf") is None, "its own loader"
+    assert load_format(engine_kwargs={"load_format": "dummy"}) == "dummy", "a config is trusted"
+
+
 @pytest.mark.parametrize(("rank", "asked"), [(4, 16), (17, 32), (128, 128)])
 def test_the_engine_makes_room_for_the_largest_adapter(tmp_path: Path, rank: int, asked: int) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": rank}))
