@@ -28,6 +28,10 @@ def write(tmp_path):
         (MINIMAL + "corpus: {kind: jsonl}", ["corpus.kind jsonl needs corpus.paths"]),
         (MINIMAL + "corpus: {context_length: 100}", ["context_length 100 is not a multiple"]),
         (MINIMAL + "activations: {window_blocks: 4}", ["window_blocks 4 must be at least twice mix_blocks"]),
+        (
+            MINIMAL + "sae: {architecture: jumprelu}\nrlaif: {gate_threshold: fitted}",
+            ["gate_threshold fitted", "not for sae.architecture jumprelu", "moving would be right"],
+        ),
         (MINIMAL + "judge: {autoscaling: {min_replicas: 3}}", ["min_replicas 3 <= initial_replicas"]),
         ("hook: {layer: 3}", ["name: is required"]),
         ("name: ../x\nhook: {layer: 3}", ["name = '../x'", "letters, digits"]),

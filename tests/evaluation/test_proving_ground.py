@@ -15,9 +15,11 @@ from sae_ray.evaluation.proving_ground_base import Base, Ground, pretrained
 from sae_ray.evaluation.proving_ground_controls import Probes, TruthGate
 from sae_ray.evaluation.proving_ground_evidence import ACTIVE, NEAR, RANDOM, Asking, ask, draw_rows
 from sae_ray.evaluation.proving_ground_readout import full_metrics, main_metrics, readout
+from sae_ray.evaluation.proving_ground_rounds import Rounds
 from sae_ray.evaluation.synthetic_judge import JudgeErrors, OracleJudge
 from sae_ray.evaluation.synthetic_matching import best_features
 from sae_ray.reward.credit import ESTIMATORS, RewardBatch
+from sae_ray.reward.verdict_memory import VerdictMemory
 from sae_ray.trainer.sharded_sae import CreditParams
 
 TINY = synthetic_worlds.WorldSpec(
@@ -239,3 +241,41 @@ def test_cells_that_differ_have_different_keys_and_an_unknown_method_is_refused(
     assert replace(BASE, seed=1).key != BASE.key
     with pytest.raises(UserError, match=r"'magic' is unknown; known: base, continued, .*teacher_gate"):
         Cell(BASE, "magic")
+
+
+def test_kept_verdicts_still_say_which_sample_they_are_about(ground, base):
+    judge = OracleJudge(ground.world.forest, JudgeErrors(), seed=0)
+    rounds = Rounds(ground, 1500, judge, Asking(64), np.random.default_rng(0), VerdictMemory(2, 1e6))
+    sizes = []
+    for number in range(3):
+        rows, pool = rounds.judged(base, 10 * number, number)
+        sizes.append(len(rows.row_latent))
+        active_V = (base.pre_activations(pool.x_TD) >= base.thresholds_m()).numpy()[rows.row_context, rows.row_latent]
+        assert np.array_equal(rows.row_active, active_V)
+        for latent in rows.latents.tolist():
+            mine = rows.row_latent == latent
+            says_VF = pool.on_TF[rows.row_context[mine]].numpy()
+            # A judge without errors: some feature explains every verdict on a latent, of whichever round.
+            assert (says_VF == (rows.row_verdict[mine, None] > 0.5)).all(0).any()
+    assert len(pool.x_TD) == 4500
+    assert sizes[2] > 2 * sizes[0]
+
+
+def test_cells_with_kept_verdicts_or_a_held_fvu_run(ground, cache):
+    kept = run_cell(Cell(BASE, "teacher_gate", keep_rounds=1, **SMALL), ground, cache)
+    plain = run_cell(Cell(BASE, "teacher_gate", **SMALL), ground, cache)
+    assert kept["verdicts_spent"] == pytest.approx(plain["verdicts_spent"], rel=0.05)
+    assert kept["curve"][0] == plain["curve"][0]  # there is nothing to keep in the first round
+    assert kept["curve"][1] != plain["curve"][1]
+    later = {"delay_steps": 5, **SMALL}
+    free = run_cell(Cell(BASE, "teacher_gate", **later), ground, cache)
+    held = run_cell(Cell(BASE, "teacher_gate", max_fvu_rise=0.5, **later), ground, cache)  # FVU falls here
+    assert held["curve"][-1] == {**free["curve"][-1], "gamma_weight": 1.0}
+    with pytest.raises(UserError, match="need an estimator and delay_steps above 0"):
+        Cell(BASE, "teacher_gate", max_fvu_rise=0.01)
+
+
+def test_settings_that_came_later_leave_the_keys_of_finished_cells_as_they_were():
+    cell = Cell(Base(k=8), "teacher_gate", k=8, gamma=0.03)
+    assert cell.key == "af0036b57e6e"
+    assert replace(cell, keep_rounds=1).key != cell.key

@@ -125,3 +125,16 @@ def test_no_direction_moves_further_than_its_evidence_allows():
     assert ends[1] < 1.25 * bound  # no gradient beyond it: only what momentum adds
     half = dataclasses.replace(world.batch, false_positive_rate=0.25, false_negative_rate=0.25)
     assert effective_verdicts(half)[0] == pytest.approx(effective_verdicts(world.batch)[0] / 4)
+
+
+@pytest.mark.parametrize("name", ["teacher_gate", "bank_gate", "reward_model"])
+def test_gates_that_are_fitted_do_not_follow_a_threshold_that_falls(name):
+    world = make_world()
+    world = dataclasses.replace(world, latent=dataclasses.replace(world.latent, threshold=world.threshold))
+    params = params_of(world, step=100)
+    low = world.threshold / 10
+    fitted, moving = (fit(name, world, dataclasses.replace(SETTINGS, fitted_gates=fitted)) for fitted in (True, False))
+    x_BD = world.x_TD[:500]
+    assert float(fitted.loss(x_BD, params, low)) == float(fitted.loss(x_BD, params, world.threshold))
+    assert float(fitted.loss(x_BD, params, low)) == float(moving.loss(x_BD, params, world.threshold))
+    assert float(moving.loss(x_BD, params, low)) != float(moving.loss(x_BD, params, world.threshold))

@@ -175,6 +175,69 @@ def test_by_default_nothing_is_carried_over_and_nothing_is_written(tmp_path, mon
     assert carried.finish(second, [], run.oracle._scan) is second
 
 
+def test_explanations_of_latents_that_stay_where_they_are_are_not_asked_for_again(tmp_path, monkeypatch):
+    run = Run(config_of(tmp_path, reexplain_cosine=0.97), monkeypatch)
+    _, first = run.round(0)
+    summary, second = run.round(1)
+    trusted = first.latents[first.credit_weight > 0].tolist()
+    assert len(trusted) > 2
+    assert summary["explanations_kept"] == len(trusted)
+    assert sorted(run.oracle.explained) == [latent for latent in judged(first) if latent not in trusted]
+    assert judged(second) == judged(first)  # they are judged as ever
+    trusted = second.latents[second.credit_weight > 0].tolist()
+    main, turned = run.rank.copies["main"], trusted[0]
+    main.W_dec_mD[turned] = torch.nn.functional.normalize(torch.randn(D_IN), dim=0)
+    summary, _ = run.round(2)
+    assert turned in run.oracle.explained
+    assert summary["explanations_kept"] == len(trusted) - 1
+
+
+def test_verdicts_of_earlier_rounds_teach_again_and_a_new_desk_knows_them(tmp_path, monkeypatch):
+    run = Run(config_of(tmp_path, keep_rounds=1), monkeypatch)
+    _, first = run.round(0)
+    run.learn(first)
+    summary, second = run.round(1)
+    own = len(second.row_latent) - summary["rows_kept"]
+    assert summary["rows_kept"] > 0.4 * own
+    assert {*zip(second.row_latent.tolist(), second.row_context.tolist(), strict=True)} >= {
+        *zip(first.row_latent.tolist(), first.row_context.tolist(), strict=True)
+    }
+    run.learn(second)
+    assert run.rank.credit is not None
+    run.desk = run.new_desk()  # the first one's process is gone
+    again_summary, again = run.round(1)
+    assert np.array_equal(np.isin(first.row_context, again.row_context), np.ones(len(first.row_context), dtype=bool))
+    assert again_summary["latents_kept"] == summary["latents_kept"] == 0
+    third_summary, third = run.round(2)
+    assert not {*first.row_context.tolist()} <= {*third.row_context.tolist()}  # only one round is kept
+    assert third_summary["rows_kept"] > 0
+
+
+def test_by_value_other_latents_are_judged_and_those_judged_before_go_on_teaching(tmp_path, monkeypatch):
+    run = Run(config_of(tmp_path, choose="value", keep_rounds=2, latents=4), monkeypatch)
+    seen: set[int] = set()
+    for number in range(3):
+        summary, batch = run.round(number)
+        if number == 1:
+            assert summary["new_latents"] > 0
+            assert summary["latents_kept"] > 0
+        assert set(batch.latents.tolist()) >= seen
+        seen |= set(batch.latents.tolist())
+        run.learn(batch)
+    assert len(seen) > 5
+    assert run.rank.credit is not None
+
+
+def test_a_round_that_is_judged_again_judges_the_same_latents_on_the_same_texts(tmp_path, monkeypatch):
+    run = Run(config_of(tmp_path, choose="value", keep_rounds=1, reexplain_cosine=0.9), monkeypatch)
+    run.round(0)
+    _, before = run.round(1)
+    run.desk = run.new_desk()
+    _, after = run.round(1)
+    for name in ("latents", "row_latent", "row_context", "row_verdict", "row_weight", "credit_weight"):
+        assert np.array_equal(getattr(before, name), getattr(after, name)), name
+
+
 def test_at_random_latents_are_drawn_anew(tmp_path, monkeypatch):
     run = Run(config_of(tmp_path, choose="random", latents=4), monkeypatch)
     drawn = [tuple(run.round(number)[1].latents.tolist()) for number in range(3)]

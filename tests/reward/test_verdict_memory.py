@@ -10,6 +10,7 @@ import pytest
 from sae_ray.reward.credit import RewardBatch
 from sae_ray.reward.evidence import ContextScan
 from sae_ray.reward.verdict_memory import VerdictMemory
+from sae_ray.storage import LocalStorage
 
 C = 600
 SAME = {3: 30, 8: 80}
@@ -188,3 +189,21 @@ def test_rewards_that_a_round_gave_are_kept_with_the_latent():
     second = judged(scan, 1, seed=2, latents=(8,))
     joined = memory.join(dataclasses.replace(second, reward=np.array([0.3], dtype=np.float32)), {8: 80}, scan, {})
     assert joined.reward == pytest.approx([0.1, 0.3])
+
+
+def test_a_resumed_run_joins_the_same(tmp_path):
+    storage = LocalStorage(tmp_path)
+    old, now = scan_of(margins(0)), scan_of(margins(0, moved=0.6))
+    memory = VerdictMemory(1, 400)
+    for number in range(3):
+        memory.join(judged(old, number, seed=number), SAME, old, {})
+        memory.save(storage)
+    assert len(storage.list("loop")) == 2  # round 0 is of no use to anyone
+    resumed = VerdictMemory(1, 400)
+    resumed.load(storage, 2)  # the last round, asked again
+    assert [kept.number for kept in resumed.kept] == [1]
+    resumed.load(storage, 3)
+    third = judged(now, 3, seed=3)
+    assert as_facts(resumed.join(third, SAME, now, {})) == as_facts(memory.join(third, SAME, now, {}))
+    resumed.load(storage, 0)
+    assert resumed.kept == []

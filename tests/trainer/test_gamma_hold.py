@@ -8,15 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import BATCH, batches, sharded_run
+from cases import BATCH, D_IN, batches, configs, sharded_run
 
 from sae_ray.config import RunConfig
 from sae_ray.config.judging import RLAIFConfig
 from sae_ray.reward.credit import RewardBatch
 from sae_ray.trainer import checkpoint
+from sae_ray.trainer.collectives import Collectives
 from sae_ray.trainer.gamma_hold import FVU_START, LEAST, GammaHold, hold_of
 from sae_ray.trainer.mesh import Mesh
 from sae_ray.trainer.rank import TrainerRank
+from sae_ray.trainer.sharded_sae import ShardedTrainer
 
 START_FVU, START_L0 = 0.25, 8.0
 
@@ -104,6 +106,9 @@ def test_nothing_is_held_unless_asked_for():
     assert hold_of(RLAIFConfig(max_l0_fall=0.1), "cpu") is not None
 
 
+# ---------------------------------------------------------------------------------------------- a real trainer
+
+
 class PullAllDown:
     """A credit that closes every gate: strong enough to ruin FVU."""
 
@@ -116,6 +121,48 @@ class PullAllDown:
 
     def state_dict(self):
         return {}
+
+
+def tuned(max_fvu_rise: float | None, max_l0_fall: float | None, strength: float = 3.0) -> tuple[Any, Any]:
+    """(FVU, L0) over the start's, means of the last steps, and the hold, after 300 steps of this credit."""
+    sae, cfg = configs("batchtopk")
+    cfg = cfg.model_copy(update={"lr_final": cfg.lr})
+    trainer = ShardedTrainer(sae, cfg, D_IN, 0, Collectives(Mesh.alone()))
+    trainer.initialise(batches(1)[0])
+    data, seen = batches(60), []
+    for raw in data * 5:  # until FVU falls slowly: what it is held to is the mean of some fifty steps
+        trainer.step(raw, len(raw))
+        seen.append([float(level) for level in trainer.levels])
+    start = np.mean(seen[-30:], axis=0)
+    hold = GammaHold(max_fvu_rise, max_l0_fall)
+    free = max_fvu_rise is None and max_l0_fall is None
+    for levels in [] if free else seen:
+        hold.observe(*torch.tensor(levels))
+    hold.begin()
+    credit, seen = PullAllDown(strength), []
+    held = credit if free else hold.held(credit)
+    for step in range(300):
+        raw = data[step % len(data)]
+        trainer.step(raw, len(raw), held)
+        if not free:
+            hold.observe(*trainer.levels)
+        seen.append([float(level) for level in trainer.levels])
+    return np.mean(seen[-100:], axis=0) / start, hold
+
+
+def test_a_real_trainers_fvu_is_held_against_a_ruinous_credit():
+    free, _ = tuned(None, None)
+    assert free[0] > 3  # what there is to hold
+    held, hold = tuned(0.1, None)
+    assert held[0] < 1.5  # the weight swings about what just keeps FVU at 1.1: gates open more slowly than they close
+    assert 0 < float(hold.weight) < 0.9
+
+
+def test_a_real_trainers_l0_is_held_where_gates_close():
+    free, _ = tuned(None, None)
+    assert free[1] < 0.8
+    held, _ = tuned(None, 0.05)
+    assert held[1] > 0.93
 
 
 def test_a_weight_of_one_changes_no_bit():
