@@ -89,6 +89,11 @@ class Judge(ABC):
         self._identity = judge_identity(cfg) if cache is not None else ""
         self._metrics = PoolMetrics(*labels) if labels is not None and ray.is_initialized() else None
 
+    def known_as(self, name: str) -> None:
+        """What answers, where only its server can say: readings of one by another name are not its own."""
+        if self._cache is not None:
+            self._identity = f"{judge_identity(self._cfg)} {name}"
+
     def statistics(self) -> dict[str, float]:
         """The counters, and of the replicas' engines the share of time in which they had requests (`busy_share`) and
         executed batches (`step_share`); NaN where no replica told it."""

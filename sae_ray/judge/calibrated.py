@@ -97,6 +97,8 @@ async def calibrated(
         for document in documents[::step][:REFERENCE_TEXTS]
     ]
     name, identity = await name_of(judge, client), judge_identity(judge)
+    if judge.endpoint is not None:
+        client.known_as(name)
     if storage.exists(key):
         report = json.loads(storage.read(key))
         if stands(report, name, identity, judge):

@@ -142,3 +142,16 @@ def _key(judge: str, mode: str, text: str, explanation: str) -> bytes:
         # Length first: no two different sequences of strings give the same bytes.
         digest.update(len(raw).to_bytes(8, "big") + raw)
     return digest.digest()
+
+
+def shared_cache(runs_dir: str | Path) -> VerdictCache:
+    """What all runs and judgings below one `runs_dir` have paid for; the second of two at a time only reads it.
+
+    Raises:
+        UserError: the file is no verdict cache.
+    """
+    folder = Path(runs_dir) / ".verdicts"
+    try:
+        return VerdictCache(folder)
+    except UserError:
+        return VerdictCache(folder, writable=False)

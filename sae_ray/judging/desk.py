@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,7 +35,7 @@ from sae_ray.judge.scorers.base import Instruments, Score, ScoreJob
 from sae_ray.judge.scorers.detection import Detection
 from sae_ray.judge.scores import shuffled_explanations
 from sae_ray.judge.subject_actor import RemoteSubject
-from sae_ray.judge.verdict_cache import VerdictCache
+from sae_ray.judge.verdict_cache import shared_cache
 from sae_ray.judging import results
 from sae_ray.judging.gather import evidence_prefix, kinds_of
 from sae_ray.judging.selection import choose, halves
@@ -87,7 +86,7 @@ class JudgingDesk:
             JudgeAtChance: no verdict mode of a judge beats chance.
         """
         self._state = "calibrating"
-        self._clients = dict(JudgePool(self.config).clients(self._cache()))
+        self._clients = dict(JudgePool(self.config).clients(shared_cache(self.config.runs_dir)))
         asked: tuple[Role, ...] = ("scorer", "heldout")
         for role in (role for role in asked if role in self._clients):
             self._judges[role] = await calibrated(self.config, role, self._clients[role], self.storage)
@@ -139,14 +138,6 @@ class JudgingDesk:
         return {name: value for name, value in total.items() if not name.endswith("_share") or np.isfinite(value)}
 
     # -- inside -----------------------------------------------------------------------------------------
-
-    def _cache(self) -> VerdictCache:
-        """All judgings below one `runs_dir` share what was paid for; the second of two at a time only reads it."""
-        folder = Path(self.config.runs_dir) / ".verdicts"
-        try:
-            return VerdictCache(folder)
-        except UserError:
-            return VerdictCache(folder, writable=False)
 
     def _check_answered(self, before: dict[str, float], after: dict[str, float]) -> None:
         """A batch that no judge answered is an outage, not a finding: nothing of it is committed."""

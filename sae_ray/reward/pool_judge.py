@@ -25,6 +25,7 @@ from sae_ray.judge.metrics import added
 from sae_ray.judge.pool import JudgePool
 from sae_ray.judge.prompts import PROMPT_VERSION
 from sae_ray.judge.roles import SCORER, Role
+from sae_ray.judge.verdict_cache import shared_cache
 from sae_ray.reward.contexts import ContextTexts
 from sae_ray.reward.evidence import ContextScan, LatentPlan
 from sae_ray.reward.rounds import Candidate
@@ -73,7 +74,7 @@ class PoolJudge:
         if self._asked is None:
             # The held-out judge has nothing that could be asked before the evaluation starts it.
             config = self._config if self._role == HELDOUT else without_heldout(self._config)
-            clients = JudgePool(config).clients()
+            clients = JudgePool(config).clients(shared_cache(self._config.runs_dir))
             own = clients[self._role]
             # Of the same judge a second client would ask twice as much at once.
             self._asked = own, clients["explainer"] if "explainer" in config.judges else own

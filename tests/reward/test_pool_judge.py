@@ -219,6 +219,34 @@ def test_a_calibration_on_file_is_used_until_the_server_serves_another_model(ser
     assert asked > 0
 
 
+def test_runs_below_one_folder_pay_for_a_verdict_once(servers, make_config):
+    server = servers()
+    pairs = [(f"train number {n}", "train, station") for n in range(6)]
+
+    def scored(name: str, model: str) -> tuple[list[float | None], float, int]:
+        server.models = (model,)
+        config, before = make_config(name=name, judge={"endpoint": server.url}), len(server.asked)
+
+        async def run() -> tuple[list[float | None], float]:
+            judge = PoolJudge(config)
+            await judge.calibrate()
+            found = await judge.score(pairs)
+            counted = judge.client.statistics()["disk_hits"]
+            await closed(judge)
+            return found, counted
+
+        return *asyncio.run(run()), len(server.asked) - before
+
+    first, hits, asked = scored("one", "small")
+    assert (hits, asked > 0) == (0, True)
+    again, hits, asked = scored("two", "small")
+    assert again == first
+    assert hits > len(pairs)
+    assert asked == 0
+    _, hits, asked = scored("three", "large")  # the same address, another judge
+    assert (hits, asked > 0) == (0, True)
+
+
 @pytest.mark.parametrize(
     ("judge", "report"),
     [
