@@ -69,6 +69,7 @@ from sae_ray.evaluation.core import PlacedSAE, ce_recovered, core_metrics
 from sae_ray.evaluation.evaluator import first_sequences
 from sae_ray.judge.deploy import JudgeApp
 from sae_ray.judging import results
+from sae_ray.reward.applied import AppliedRounds
 from sae_ray.reward.bank import VerdictBank
 from sae_ray.reward.evidence import choose_latents, layout_contexts
 from sae_ray.sae.formats import export_sae, import_sae
@@ -212,13 +213,13 @@ class Bench:
     def _match(self) -> None:
         """All SAEs at the same L0, as files; and which of their latents are scored."""
         config = self._first()
-        blocks = self._blocks(config, "evidence", min(L0_BLOCKS, self.sizes.evidence_blocks))
+        blocks = self._blocks(config, "evidence", self.sizes.evidence_blocks)
         bank = VerdictBank(LocalStorage(config.run_dir)).read()
         judged = sorted({row["latent"] for row in bank if row["round"] == 0 and row["purpose"] == "score"})
         latents = {}
         for name, (run, copy) in self.saes.items():
             _, found = sae_of_run(load_config(self.runs / run / "config.yaml"), copy)
-            sae = at_same_l0(found.sae, blocks, config.hook.name, self.sizes.k)
+            sae = at_same_l0(found.sae, blocks[:L0_BLOCKS], config.hook.name, self.sizes.k)
             export_sae(sae, self.out / "saes" / name, "saelens", found.provenance)
             latents[name] = judged if name != MATRYOSHKA else latents_like_rlaif(sae, blocks, config)
         (self.out / "latents.json").write_text(json.dumps(latents))
@@ -267,6 +268,17 @@ class Bench:
     def latents(self) -> dict[str, list[int]]:
         """SAE -> which of its latents are scored."""
         return _read(self.out / "latents.json")
+
+    def taught(self) -> list[int]:
+        """Latents that the first arm's rewards moved. Its own judge trusted them; no held-out score had a say."""
+        applied = AppliedRounds(LocalStorage(self.runs / FIRST))
+        batches = [applied.read(number).batch for number in applied.numbers()]
+        return sorted({int(latent) for batch in batches for latent in batch.latents[batch.credit_weight > 0]})
+
+    def rounds(self) -> dict[str, list[dict[str, Any]]]:
+        """What each arm's rounds found, arm by arm."""
+        stored = {arm: AppliedRounds(LocalStorage(self.runs / arm)) for arm in self.chosen}
+        return {arm: [each.read(n).summary for n in each.numbers()] for arm, each in stored.items()}
 
     def seconds(self) -> dict[str, float]:
         """What each finished stage took."""
@@ -326,12 +338,12 @@ def conclude(bench: Bench, docs: Path | None, console: Console) -> None:
     controls = ("shuffled", "random_negatives")
     targets = report.targets(found, core, [name for name in bench.chosen if name not in controls])
     console.print(report.rich_table("held-out scores (difference to continued training, 95% interval)", head, rows))
+    taught = bench.taught()
+    among_taught = report.differences(report.only(scores, taught, [MATRYOSHKA]))
     lines = report.target_lines(targets)
-    lines += [
-        f"{report.MEASURES[d.measure]}, {d.one} - {d.other}: {report.interval(d)}, n {d.n}"
-        for d in found
-        if d.other != report.REFERENCE
-    ]
+    lines += [report.told(d) for d in found if d.other != report.REFERENCE]
+    lines.append(f"rewards taught {len(taught)} latents, as the training judge trusted their explanations; among them:")
+    lines += [report.told(d) for d in among_taught]
     for line in lines:
         console.print(line, soft_wrap=True)
     content = {
@@ -341,6 +353,9 @@ def conclude(bench: Bench, docs: Path | None, console: Console) -> None:
         "core": core,
         "scores": scores,
         "differences": [asdict(each) for each in found],
+        "taught": taught,
+        "among_taught": [asdict(each) for each in among_taught],
+        "rounds": bench.rounds(),
         "targets": targets,
     }
     (bench.out / "results.json").write_text(json.dumps(content, indent=1))

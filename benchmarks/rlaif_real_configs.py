@@ -42,8 +42,8 @@ class Sizes:
 
 
 FULL = Sizes(
-    layer=9, d_sae=4608, k=32, base_steps=1000, steps=240, rounds=2, latents=40, evidence_blocks=24, heldout_blocks=64,
-    judged=(20, 8, 8, 12), texts=20, min_contexts=12, simulated=10, core_blocks=16, ce_sequences=32,
+    layer=9, d_sae=4608, k=32, base_steps=1000, steps=240, rounds=1, latents=40, evidence_blocks=48, heldout_blocks=64,
+    judged=(40, 16, 16, 24), texts=16, min_contexts=12, simulated=8, core_blocks=12, ce_sequences=24,
     max_context_share=0.15, arms=("rlaif", "gentle", "shuffled", "random_negatives"),
 )  # fmt: skip
 SMOKE = Sizes(

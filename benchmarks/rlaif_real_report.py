@@ -101,6 +101,20 @@ def differences(scores: Mapping[str, Mapping[str, Scores]], others: Sequence[str
     return [each for each in out if each is not None]
 
 
+def only(
+    scores: Mapping[str, Mapping[str, Scores]], latents: Sequence[int], others: Sequence[str] = ()
+) -> dict[str, dict[str, Scores]]:
+    """The scores of these latents alone, without the SAEs whose latents are others."""
+    return {
+        measure: {
+            name: {latent: mine[latent] for latent in latents if latent in mine}
+            for name, mine in by_sae.items()
+            if name not in others
+        }
+        for measure, by_sae in scores.items()
+    }
+
+
 def mean_of(scores: Scores) -> Estimate | None:
     values = list(known(scores).values())
     return mean_estimate(values, resamples=RESAMPLES) if values else None
@@ -169,6 +183,10 @@ def grid(
 
 def interval(d: Difference) -> str:
     return f"{d.mean:+.3f}, {d.low:+.3f} to {d.high:+.3f}"
+
+
+def told(d: Difference) -> str:
+    return f"{MEASURES[d.measure]}, {d.one} - {d.other}: {interval(d)}, n {d.n}"
 
 
 def target_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:

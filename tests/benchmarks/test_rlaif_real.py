@@ -74,6 +74,13 @@ def gain(mean: float, low: float) -> list:
     return [report.Difference("embedding", "rlaif", "continued", True, mean, low, 2 * mean - low, 40, 0)]
 
 
+def test_scores_of_some_latents_leave_out_the_others_and_saes_with_other_latents():
+    scores = {"embedding": {"continued": {1: 0.5, 2: 0.7}, "rlaif": {1: 0.6, 2: 0.7, 3: 0.9}, "matryoshka": {2: 0.1}}}
+    assert report.only(scores, [1, 3], ["matryoshka"]) == {
+        "embedding": {"continued": {1: 0.5}, "rlaif": {1: 0.6, 3: 0.9}}
+    }
+
+
 @pytest.mark.parametrize(
     ("found", "fvu", "met"),
     [
