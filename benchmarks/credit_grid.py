@@ -25,14 +25,14 @@ VERDICTS, NOISES, DELAYS = (32, 128, 256, 1024), (0.0, 0.1, 0.2), (0, 200, 800)
 
 
 class Start(NamedTuple):
-    """A base at any seed, tuned at the k that it was trained at."""
+    """A base at any seed, tuned at the k that it was trained at unless a cell says otherwise."""
 
     world: str
     architecture: str
     k: int
 
     def cell(self, seed: int, method: str, **changes: Any) -> Cell:
-        return Cell(Base(self.world, seed, self.architecture, self.k), method, k=self.k, **changes)
+        return Cell(Base(self.world, seed, self.architecture, self.k), method, **{"k": self.k, **changes})
 
     def cells(self, seed: int, methods: Iterable[str], gammas: Sequence[float], **changes: Any) -> list[Cell]:
         """One cell for each method and gamma, or one for the method where gamma means nothing to it."""
@@ -46,6 +46,7 @@ class Start(NamedTuple):
 BATCHTOPK, MATRYOSHKA = Start("research", "batchtopk", 8), Start("research", "matryoshka", 8)
 AT_4 = Start("research", "batchtopk", 4)
 FAMILIES, FAMILIES_MATRYOSHKA = Start("parent_child", "batchtopk", 4), Start("parent_child", "matryoshka", 4)
+FAMILIES_AT_8 = Start("parent_child", "batchtopk", 8)
 SMALL = Start("small", "batchtopk", 6)
 LARGE, LARGE_MATRYOSHKA = Start("large", "batchtopk", 12), Start("large", "matryoshka", 12)
 # Where a method's F1 has gained and its EV is still near the base's.
@@ -74,6 +75,16 @@ def parents(seed: int) -> list[Cell]:
     cells += FAMILIES.cells(seed, [DEFAULT], (0.1,), explain="random_negatives")
     cells += FAMILIES.cells(seed, ["true_labels"], (0.03, 0.1))
     return cells + FAMILIES_MATRYOSHKA.cells(seed, [DEFAULT], (0.1,))
+
+
+def parents_at_8(seed: int) -> list[Cell]:
+    """The same world where all that is active has a latent: 6.4 features are on average, so that at 4 some absorption
+    is what the k costs. From the SAE that absorbed at 4, and from one that never had to."""
+    cells = [FAMILIES.cell(seed, "continued", k=8), *FAMILIES.cells(seed, [DEFAULT], (0.03, 0.1), k=8)]
+    cells += FAMILIES.cells(seed, [DEFAULT], (0.03,), k=8, shuffled=True)
+    cells += FAMILIES.cells(seed, ["true_labels"], (0.03,), k=8)
+    cells += [FAMILIES_AT_8.cell(seed, method) for method in ("base", "continued")]
+    return cells + FAMILIES_AT_8.cells(seed, [DEFAULT], (0.03,))
 
 
 def controls(seed: int) -> list[Cell]:
@@ -158,7 +169,7 @@ def smoke(seed: int) -> list[Cell]:
 # ---------------------------------------------------------------------- grids
 
 
-DECIDING = (teacher, parents, controls, estimators, budgets, at_l0_4)
+DECIDING = (teacher, parents, parents_at_8, controls, estimators, budgets, at_l0_4)
 GRIDS: dict[str, tuple[Callable[[int], list[Cell]], ...]] = {
     "smoke": (smoke,),
     "deciding": DECIDING,

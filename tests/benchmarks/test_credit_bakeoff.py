@@ -237,9 +237,10 @@ def test_absorption_is_held_against_the_bases_at_equal_ev_and_collapse_against_c
         for each, absorbed, share in zip(cells[-4:], (0.4, 0.4, 0.1, 0.5), (0.0, 0.0, 0.005, 0.5), strict=True):
             each["matched"]["4"]["absorption"] = absorbed
             each["collapsed"] = share
-    *_, absorption, _, _, _, collapse = targets.targets(rows.Results(cells))
+    *_, absorption, at_8, _, _, _, collapse = targets.targets(rows.Results(cells))
     # .74 is halfway between .76 (.4) and .72 (.1): .25 of .4
     assert absorption.measured == "0.625 of 0.400"
     assert absorption.met is False
+    assert at_8.met is None  # nothing was tuned at k 8
     assert collapse.met
     assert "against random negatives 50.0%" in collapse.measured
