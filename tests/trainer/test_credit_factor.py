@@ -162,8 +162,6 @@ def test_every_estimator_says_whether_it_uses_rewards(tmp_path):
     rank.train_window(0, 0, BLOCKS[:2])
     batch = rewards(rank, 1.0)
     for name in ESTIMATORS:
-        if name == "policy_gradient":
-            continue  # of rollouts only, which no run makes
         states = []
         for reward in (batch.reward, batch.reward[::-1].copy()):
             other = make_rank(name)
