@@ -14,12 +14,14 @@ from sae_ray.evaluation.proving_ground import CONTROLS, Cell
 from sae_ray.evaluation.proving_ground_base import Base
 from sae_ray.reward.credit import ESTIMATORS
 
-# policy_gradient learns from rollouts of a language model, which these worlds do not have.
-COMPARED = tuple(name for name in ESTIMATORS if name != "policy_gradient")
+COMPARED = tuple(ESTIMATORS)
 DEFAULT = COMPARED[0]
 OTHERS = COMPARED[1:]
 # Whose loss gamma weighs; the others are not trained on a loss, or change weights and selection directly.
-WITH_GAMMA = ("teacher_gate", "bank_gate", "reward_model", "preference", "true_labels")
+WITH_GAMMA = (
+    "teacher_gate", "bank_gate", "reward_model", "preference", "policy_gradient", "teacher_gate+policy_gradient",
+    "true_labels",
+)  # fmt: skip
 GAMMAS = (0.01, 0.03, 0.1, 0.3)
 VERDICTS, NOISES, DELAYS = (32, 128, 256, 1024), (0.0, 0.1, 0.2), (0, 200, 800)
 
@@ -181,12 +183,10 @@ LEFT_OUT = {
         "Estimators other than the teacher from any start but BatchTopK k 8, and their shuffled verdicts.",
         "Verdict budgets, noise and staleness of other estimators, and more than one of the three changed at a time.",
         "The large world.",
-        "Policy gradient: it learns from rollouts of a language model, which these worlds do not have.",
     ],
     "full": [
         "Budgets x noise x staleness outside the small world, at gammas other than .03, from Matryoshka.",
         "In the large world all but the teacher and its controls.",
-        "Policy gradient: it learns from rollouts of a language model, which these worlds do not have.",
     ],
 }
 

@@ -30,6 +30,8 @@ PHRASES: dict[str, Callable[[Any], str]] = {
     "delay_steps": lambda n: f"{n} steps late",
     "explanation_noise": lambda p: f"{p:.0%} explained by a relative",
     "leniency": lambda p: f"{p:.0%} lenient to relatives",
+    "rollout_gamma": lambda x: f"rollouts' gamma {x:g}",
+    "rollout_share": lambda p: f"{p:.0%} of verdicts on rollouts",
     "half_life_steps": lambda n: f"half-life {n:g} steps",
 }
 

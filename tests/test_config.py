@@ -46,6 +46,19 @@ def write(tmp_path):
             ["rlaif.rewards.weights.causality", "teacher_gate follows verdicts", "that use it: selection_bonus"],
         ),
         (
+            MINIMAL + "rlaif: {estimator: policy_gradient}",
+            ["rlaif.estimator policy_gradient", "give rlaif.rewards.weights.causality a weight"],
+        ),
+        (
+            MINIMAL
+            + "rlaif: {estimator: teacher_gate+policy_gradient, rewards: {weights: {causality: 1, splitting: 1}}}",
+            ["rlaif.rewards.weights.splitting", "measured for nothing"],
+        ),
+        (
+            MINIMAL + "rlaif: {rollout_gamma: .1}",
+            ["rlaif.rollout_gamma 0.1", "teacher_gate uses no rollouts", "that do: policy_gradient"],
+        ),
+        (
             MINIMAL + "rlaif: {estimator: selection_bonus, rewards: {weights: {atomicity: 1}, atomicity: {atoms: 3}}}",
             ["rlaif.rewards.atomicity: per_code 4 <= atoms 3 <= sae.d_sae 4608"],
         ),

@@ -112,9 +112,24 @@ class RLAIFConfig(LoopConfig):
         2, description="explanations from the language model that compete, besides the lexical one"
     )
     estimator: Literal[
-        "teacher_gate", "bank_gate", "threshold", "selection_bonus", "reward_model", "evolution", "preference"
-    ] = Field("teacher_gate", description="how verdicts become gradients: see sae_ray/reward/credit")
+        "teacher_gate",
+        "bank_gate",
+        "threshold",
+        "selection_bonus",
+        "reward_model",
+        "evolution",
+        "preference",
+        "policy_gradient",
+        "teacher_gate+policy_gradient",
+    ] = Field(
+        "teacher_gate",
+        description="how verdicts become gradients: see sae_ray/reward/credit; policy_gradient learns from the steered "
+        "generations of rewards.weights.causality",
+    )
     gamma: Annotated[float, Field(ge=0)] = Field(0.3, description="weight of the credit loss; 0 costs nothing")
+    rollout_gamma: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="of policy_gradient, alone or beside another, instead of gamma; null: gamma"
+    )
     slope: Annotated[float, Field(gt=0)] = Field(
         10, description="logit slope of the gate, in units of a latent's threshold"
     )
@@ -148,16 +163,32 @@ class RLAIFConfig(LoopConfig):
 
     @model_validator(mode="after")
     def _rewards_are_used(self) -> RLAIFConfig:
-        if self.enabled and self.rewards.weights.combined:
-            from sae_ray.reward.credit import ESTIMATORS  # torch: not for `--help`
+        asked = self.rewards.weights.combined or self.rollout_gamma is not None or "policy_gradient" in self.estimator
+        if not self.enabled or not asked:
+            return self
+        from sae_ray.reward.credit import ESTIMATORS  # torch: not for `--help`
 
-            if not ESTIMATORS[self.estimator].uses_reward:
-                part = next(p for p, w in self.rewards.weights.model_dump().items() if w and p != "interpretability")
-                known = ", ".join(name for name, kind in ESTIMATORS.items() if kind.uses_reward)
-                raise ValueError(
-                    f"rlaif.rewards.weights.{part}: rlaif.estimator {self.estimator} follows verdicts and uses no "
-                    f"reward, so this would be measured for nothing; estimators that use it: {known}"
-                )
+        own = ESTIMATORS[self.estimator]
+        if own.uses_rollouts and self.judged and not self.rewards.weights.causality:
+            raise ValueError(
+                f"rlaif.estimator {self.estimator}: learns from steered generations, which only the causality part has "
+                "written and judged: give rlaif.rewards.weights.causality a weight"
+            )
+        if self.rollout_gamma is not None and not own.uses_rollouts:
+            known = ", ".join(name for name, kind in ESTIMATORS.items() if kind.uses_rollouts)
+            raise ValueError(
+                f"rlaif.rollout_gamma {self.rollout_gamma:g}: rlaif.estimator {self.estimator} uses no rollouts; "
+                f"estimators that do: {known}"
+            )
+        for part, weight in self.rewards.weights.model_dump().items():
+            rollouts = part == "causality"
+            if not weight or part == "interpretability" or own.uses_reward or (rollouts and own.uses_rollouts):
+                continue
+            using = [n for n, kind in ESTIMATORS.items() if kind.uses_reward or (rollouts and kind.uses_rollouts)]
+            raise ValueError(
+                f"rlaif.rewards.weights.{part}: rlaif.estimator {self.estimator} follows verdicts and uses no "
+                f"reward, so this would be measured for nothing; estimators that use it: {', '.join(using)}"
+            )
         return self
 
     @property

@@ -50,7 +50,7 @@ from sae_ray.trainer.sharded_sae import CreditLoss, ShardedTrainer
 
 CONTROLS = ("base", "continued", "true_labels", "probes", "verdict_probes")
 PROBE_STEPS, PROBE_BATCHES = 1500, 100
-YOUNGER = ("keep_rounds", "fitted_gates", "max_fvu_rise", "max_l0_fall")
+YOUNGER = ("keep_rounds", "fitted_gates", "max_fvu_rise", "max_l0_fall", "rollout_gamma", "rollout_share")
 WATCHED = 5000  # held-out samples that metrics during fine-tuning, and what a latent stands for, are of
 
 
@@ -63,12 +63,14 @@ class Cell:
             gate BCE with the truth; supervised probes (a ceiling of linear detectors, no SAE); the SAE with its gates
             replaced by probes of the verdicts.
         k: active latents per sample while fine-tuning.
-        verdicts: per latent, over all rounds.
+        verdicts: per latent, over all rounds; judged generations are among them.
         noise, explanation_noise, leniency: see `JudgeErrors` (verdict, explanation, leniency).
         delay_steps: trainer steps between gathering evidence and the arrival of its rewards.
         shuffled, frozen_decoder: controls that go with an estimator.
         keep_rounds, max_fvu_rise, max_l0_fall: as in `config.loop`; what is held needs a delay, to be measured in.
         fitted_gates: `rlaif.gate_threshold: fitted`.
+        rollout_gamma: of an estimator's part that learns from rollouts; None: gamma.
+        rollout_share: of the verdicts, on generations instead of samples, where an estimator learns from both.
     """
 
     base: Base
@@ -94,6 +96,8 @@ class Cell:
     fitted_gates: bool = False
     max_fvu_rise: float | None = None
     max_l0_fall: float | None = None
+    rollout_gamma: float | None = None
+    rollout_share: float = 0.5
 
     def __post_init__(self) -> None:
         if self.method not in CONTROLS and self.method not in ESTIMATORS:
@@ -104,6 +108,16 @@ class Cell:
                 f"cell: max_fvu_rise and max_l0_fall need an estimator and delay_steps above 0, not {self.method} and "
                 f"{self.delay_steps}"
             )
+        if self.keep_rounds and self.method == "policy_gradient":
+            raise UserError("cell: keep_rounds keeps verdicts on samples, and policy_gradient asks for none")
+
+    @property
+    def rollouts(self) -> int:
+        """Judged generations per latent and round."""
+        if self.method not in ESTIMATORS or not ESTIMATORS[self.method].uses_rollouts:
+            return 0
+        share = 1.0 if self.method == "policy_gradient" else self.rollout_share
+        return round(share * (self.verdicts // self.rounds))
 
     @property
     def holds(self) -> bool:
@@ -181,9 +195,12 @@ def fine_tune(
     frozen = {name: trainer.parameters()[name].clone() for name in ("W_dec", "b_dec")} if cell.frozen_decoder else {}
     judge = oracle(cell, ground)
     rng = np.random.default_rng([cell.base.seed, 11])
-    settings = CreditSettings(cell.gamma, cell.slope, cell.shrink, cell.half_life_steps, fitted_gates=cell.fitted_gates)
+    settings = CreditSettings(
+        cell.gamma, cell.slope, cell.shrink, cell.half_life_steps, fitted_gates=cell.fitted_gates,
+        rollout_gamma=cell.rollout_gamma,
+    )  # fmt: skip
     memory = VerdictMemory(cell.keep_rounds, cell.half_life_steps) if cell.keep_rounds else None
-    rounds = Rounds(ground, cell.pool, judge, _asking(cell), rng, memory)
+    rounds = Rounds(ground, cell.pool, judge, _asking(cell), rng, memory, cell.rollouts)
     hold = GammaHold(cell.max_fvu_rise, cell.max_l0_fall) if cell.holds else None
     per_round = cell.steps // cell.rounds
     truth = TruthGate(cell.gamma, cell.slope)
@@ -223,7 +240,7 @@ def oracle(cell: Cell, ground: Ground) -> OracleJudge:
 
 
 def _asking(cell: Cell) -> Asking:
-    return Asking(cell.verdicts // cell.rounds, cell.explain, shuffled=cell.shuffled)
+    return Asking(cell.verdicts // cell.rounds - cell.rollouts, cell.explain, shuffled=cell.shuffled)
 
 
 def _latents(trainer: ShardedTrainer, rows: RewardBatch) -> LatentState:

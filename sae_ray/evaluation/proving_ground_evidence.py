@@ -120,7 +120,8 @@ def draw_rows(
     order = np.argpartition(-margin_T[inactive], n_near - 1) if n_near else np.empty(0, dtype=np.int64)
     near, far = inactive[order[:n_near]], inactive[order[n_near:]]
     quota = {ACTIVE: verdicts // 2, NEAR: verdicts // 4, RANDOM: verdicts - verdicts // 2 - verdicts // 4}
-    samples, kinds, weights = [], [], []
+    nothing = np.empty(0, dtype=np.int64)  # where no verdicts are to be given
+    samples, kinds, weights = [nothing], [nothing], [np.empty(0)]
     for kind, population in ((ACTIVE, active), (NEAR, near), (RANDOM, far)):
         take = min(quota[kind], len(population))
         if take:

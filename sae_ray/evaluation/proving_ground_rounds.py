@@ -15,6 +15,7 @@ import torch
 
 from sae_ray.evaluation.proving_ground_base import Ground
 from sae_ray.evaluation.proving_ground_evidence import Asking, Pool, ask, explained
+from sae_ray.evaluation.proving_ground_rollouts import SteeredWriter, steered_rollouts
 from sae_ray.evaluation.synthetic_judge import OracleJudge
 from sae_ray.reward.credit import RewardBatch
 from sae_ray.reward.evidence import ContextScan
@@ -27,7 +28,8 @@ class Rounds:
 
     Args:
         samples: of a round's own pool.
-        memory: what keeps verdicts; None: each round stands alone.
+        memory: what keeps verdicts; None: each round stands alone. Rollouts are always the newest round's.
+        rollouts: judged generations per latent and round, besides the verdicts of `asking`.
     """
 
     def __init__(
@@ -38,9 +40,11 @@ class Rounds:
         asking: Asking,
         rng: np.random.Generator,
         memory: VerdictMemory | None,
+        rollouts: int = 0,
     ):
         self._ground, self._samples, self._judge, self._asking, self._rng = ground, samples, judge, asking, rng
-        self._memory = memory
+        self._memory, self._rollouts = memory, rollouts
+        self._writer = SteeredWriter(ground.world)
         self._pools: list[Pool] = []
 
     def judged(self, trainer: ShardedTrainer, step: int, index: int) -> tuple[RewardBatch, Pool]:
@@ -49,6 +53,24 @@ class Rounds:
         margin_TM = margin(trainer, pool)
         feature_M = explained(self._judge, self._asking, margin_TM, pool)
         rows = ask(self._judge, self._asking, margin_TM, pool, step, index, self._rng, feature_M)
+        if not self._rollouts:
+            return self._remembered(trainer, rows, pool, margin_TM, feature_M)
+        rollouts = steered_rollouts(
+            self._writer, self._judge, trainer.W_dec_mD, feature_M, rows.latents, self._rollouts, pool.x_TD, self._rng,
+            self._asking.shuffled,
+        )  # fmt: skip
+        rows, pool = self._remembered(trainer, rows, pool, margin_TM, feature_M)
+        return replace(rows, rollouts=rollouts), pool
+
+    def _remembered(
+        self,
+        trainer: ShardedTrainer,
+        rows: RewardBatch,
+        pool: Pool,
+        margin_TM: torch.Tensor,
+        feature_M: torch.Tensor,
+    ) -> tuple[RewardBatch, Pool]:
+        """With the verdicts of earlier rounds that still stand."""
         if self._memory is None:
             return rows, pool
         start = sum(len(earlier.x_TD) for earlier in self._pools)

@@ -17,10 +17,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from sae_ray.errors import UserError
-from sae_ray.reward.credit import RewardBatch
+from sae_ray.reward.credit import RewardBatch, Rollouts
 from sae_ray.storage import Storage
 
 FOLDER = "rewards"
+_ROLLOUTS = "rollouts."  # what a batch's rollouts are kept under, beside its own columns
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,11 @@ class AppliedRounds:
         UserError: it cannot be written.
         """
         batch = applied.batch
-        if batch.rollouts is not None or batch.whole is not None:
-            raise ValueError("only whole batches without rollouts are kept")
+        if batch.whole is not None:
+            raise ValueError("only whole batches are kept")
         values = {each.name: getattr(batch, each.name) for each in fields(RewardBatch)}
+        if batch.rollouts is not None:
+            values |= {_ROLLOUTS + each.name: getattr(batch.rollouts, each.name) for each in fields(Rollouts)}
         arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
         about = {
             "batch": {name: value for name, value in values.items() if isinstance(value, int | float)},
@@ -70,6 +73,10 @@ class AppliedRounds:
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
             about = json.loads(header["__metadata__"]["round"])
             columns: dict[str, Any] = {**load(data), **about["batch"]}
+            own = {name: columns.pop(name) for name in list(columns) if name.startswith(_ROLLOUTS)}
+            if own:
+                known = {name.removeprefix(_ROLLOUTS): value for name, value in own.items()}
+                columns["rollouts"] = Rollouts(**{"perturbation": None, **known})
             return AppliedRound(RewardBatch(**columns), about["at_step"], about["summary"], about["memory"])
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self._storage.url(_key(number))}: is not a round's rewards: {error}") from error

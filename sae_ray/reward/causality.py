@@ -19,6 +19,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sae_ray.reward.credit import Rollouts
+
 CONTROLS = ("unsteered", "random")
 
 
@@ -61,6 +63,43 @@ def causality_rewards(judged: Sequence[JudgedSteering]) -> dict[int, CausalityRe
             latent.latent, reward, error, (unsteered, unsteered_error), (random, random_error), prompts
         )
     return found
+
+
+def steered_rollouts(
+    judged: Sequence[JudgedSteering],
+    rewards: Mapping[int, CausalityReward],
+    written: Mapping[int, tuple[float, np.ndarray]],
+) -> Rollouts:
+    """The steered texts of rewarded latents as rollouts of their decoder directions, in order of latents.
+
+        reward of a text = P(shows | steered) - mean of P(shows | control), the control that decides the latent's reward
+
+    so that a latent's rollouts have its reward for a mean. What is taken off is one number per latent and not the
+    control beside each text: that shares the text's random numbers, so it would be no baseline that leaves the gradient
+    unbiased, but would cancel with the reward itself where steering changes little.
+
+    Args:
+        written: by latent, the strength, and float32 [prompts, samples, D] the gradients of its texts' log-probability
+            by the unit direction.
+    """
+    latent, strength, reward, gradient = [], [], [], []
+    for one in sorted(judged, key=lambda each: each.latent):
+        found = rewards.get(one.latent)
+        if found is None or one.steered is None or one.latent not in written:
+            continue
+        control = one.unsteered if found.over_unsteered[0] <= found.over_random[0] else one.random
+        assert control is not None
+        alpha, gradient_PSD = written[one.latent]
+        latent.append(np.full(one.steered.size, one.latent, dtype=np.int64))
+        strength.append(np.full(one.steered.size, alpha, dtype=np.float32))
+        reward.append((one.steered - np.nanmean(control)).ravel().astype(np.float32))
+        gradient.append(gradient_PSD.reshape(one.steered.size, -1).astype(np.float32))
+    if not latent:
+        none = np.empty(0, dtype=np.float32)
+        return Rollouts(np.empty(0, dtype=np.int64), None, none, none, 0.0, none.reshape(0, 0))
+    return Rollouts(
+        np.concatenate(latent), None, np.concatenate(strength), np.concatenate(reward), 0.0, np.concatenate(gradient)
+    )
 
 
 def judged_steering(

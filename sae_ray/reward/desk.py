@@ -242,8 +242,14 @@ class RewardDesk:
         before = self.applied.memory_before(batch.round)
         if self.parts.needed:
             combined, memory["parts"] = await self.parts.combine(outcome, before.get("parts", {}))
-            batch = replace(batch, reward=self.parts.rewards_of(combined, batch.latents))
+            rollouts = self.parts.rollouts
+            if rollouts is not None and self.config.rlaif.shuffle_verdicts:
+                deal = np.random.default_rng([self.config.seed, 24, batch.round])
+                rollouts = replace(rollouts, reward=deal.permutation(rollouts.reward))
+            batch = replace(batch, reward=self.parts.rewards_of(combined, batch.latents), rollouts=rollouts)
             about["parts"] = finite(combined.log)
+            if rollouts is not None:
+                about["rollouts"] = int(np.isfinite(rollouts.reward).sum())
         if alarms.enabled:
             twins = None
             if alarms.duplicates and outcome.decoder is not None and outcome.decoder.whole_MO is not None:

@@ -31,9 +31,10 @@ from sae_ray.config import RunConfig
 from sae_ray.errors import UserError
 from sae_ray.evidence.logit_lens import Unembedding, output_logits
 from sae_ray.reward.atomicity import compositions, fit_atoms
-from sae_ray.reward.causality import causality_rewards, judged_steering, questions
+from sae_ray.reward.causality import causality_rewards, judged_steering, questions, steered_rollouts
 from sae_ray.reward.composition import LatentReward
 from sae_ray.reward.contexts import ContextTexts
+from sae_ray.reward.credit import ESTIMATORS, Rollouts
 from sae_ray.reward.decoder import COSINE_LIMIT, DecoderFacts
 from sae_ray.reward.description import description_length
 from sae_ray.reward.evidence import ContextScan
@@ -76,12 +77,16 @@ class RewardParts:
 
     Args:
         steering: actor handle of a `SteeringModel`, where causality has a weight.
+    Attributes:
+        rollouts: the steered texts of the round combined last, where the run's estimator learns from such.
     """
 
     def __init__(self, config: RunConfig, judge: PartsJudge, steering: Any = None) -> None:
         self._config, self._judge, self._steering = config, judge, steering
         self._settings = config.rlaif.rewards
         self._unembedding: Unembedding | None = None
+        self._with_rollouts = ESTIMATORS[config.rlaif.estimator].uses_rollouts
+        self.rollouts: Rollouts | None = None
         weights = self._settings.weights
         # With interpretability alone no part is needed, its own included: nothing is standardised.
         self.needed = frozenset(part for part, weight in weights.model_dump().items() if weight and weights.combined)
@@ -118,6 +123,7 @@ class RewardParts:
             "causality": self._causality,
             "logit_effect": self._logit_effect,
         }
+        self.rollouts = None
         # One after the other: they share a judge and a few threads.
         found = {part: await measure[part](outcome) for part in combiner.needed}
         return combiner.combine(found), combiner.state_dict()
@@ -184,7 +190,7 @@ class RewardParts:
                 prompts(outcome.texts, settings.prompts, settings.prompt_tokens, self._config.seed),
                 SteeringSettings(
                     settings.target_kl, settings.tolerance, settings.positions, settings.tokens, settings.samples,
-                    settings.temperature, self._config.seed, settings.rows,
+                    settings.temperature, self._config.seed, settings.rows, self._with_rollouts,
                 ),
             )
         )  # fmt: skip
@@ -197,7 +203,15 @@ class RewardParts:
             pair: None if value is None else self._judge.probability(pair[1], value) for pair, value in raw.items()
         }
         judged = [judged_steering(latent, explanation[latent], texts[latent], known) for latent in latents]
-        return {latent: one.reward for latent, one in causality_rewards(judged).items()}
+        found = causality_rewards(judged)
+        if self._with_rollouts:
+            written = {
+                one.latent: (one.steered.strength, one.steered.gradients)
+                for one in steered.latents
+                if one.steered is not None and one.steered.gradients is not None
+            }
+            self.rollouts = steered_rollouts(judged, found, written)
+        return {latent: one.reward for latent, one in found.items()}
 
     async def _logit_effect(self, outcome: Outcome) -> Values:
         facts, scan, texts = _decoder(outcome), outcome.scan, outcome.texts

@@ -15,6 +15,7 @@ from sae_ray.config_file import load_config
 from sae_ray.errors import UserError
 from sae_ray.preflight import differences, numbers_of
 from sae_ray.reward.applied import FOLDER, AppliedRounds
+from sae_ray.reward.credit import ESTIMATORS
 from sae_ray.storage import LocalStorage
 from sae_ray.trainer import checkpoint
 
@@ -62,7 +63,12 @@ def check_replay(config: RunConfig) -> None:
             f"({FOLDER}/ is what a run of this version leaves there when it has asked judges)"
         )
     for number in range(config.rlaif.rounds):
-        rounds.read(number)
+        batch = rounds.read(number).batch
+        if batch.rollouts is None and ESTIMATORS[config.rlaif.estimator].uses_rollouts:
+            raise UserError(
+                f"rlaif.estimator = {config.rlaif.estimator}: learns from steered generations, and round {number + 1} "
+                f"of rlaif.replay_rewards = {folder} holds none; replay a run of such an estimator, or give another one"
+            )
 
 
 def _referred_to(config: RunConfig) -> dict[str, Any]:

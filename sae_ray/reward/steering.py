@@ -30,6 +30,9 @@ from sae_ray.activations.hooks import HookPoint, edited
 
 Positions = Literal["all", "last"]
 
+GRADIENT_BYTES = 2**29  # of logits and what is derived from them, in one pass of `continuation_gradients`
+_COPIES = 5  # of the logits, float32, that such a pass holds
+
 
 @dataclass(frozen=True)
 class Prompts:
@@ -266,6 +269,63 @@ def continuation_logprobs(model: Any, prompts: Prompts, tokens_RT: Tensor, tempe
         found_T = logprob_TV.gather(1, tokens_RT[r].clamp(min=0)[:, None])[:, 0]
         out_RT[r] = torch.where(there_RT[r], found_T, math.nan)
     return out_RT
+
+
+def continuation_gradients(
+    model: Any,
+    point: HookPoint,
+    prompts: Prompts,
+    push_RD: Tensor,
+    tokens_RT: Tensor,
+    positions: Positions = "all",
+    temperature: float = 1.0,
+) -> Tensor:
+    """Gradient of every row's log-probability, as `generate` samples it, by what is added to the row: float32 [R, D].
+
+    The same positions are steered as when the text was written: those of the prompt, and every token that was generated
+    and read again. The sum over a row's tokens; `tokens_RT` is -1 behind the end.
+    """
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    at_once = max(1, GRADIENT_BYTES // (4 * _COPIES * tokens_RT.shape[1] * vocabulary))
+    parts = [
+        _gradients(model, point, prompts.take(some), push_RD[some], tokens_RT[some], positions, temperature)
+        for some in torch.arange(len(tokens_RT), device=tokens_RT.device).split(at_once)
+    ]
+    return torch.cat(parts)
+
+
+@torch.enable_grad()
+def _gradients(
+    model: Any,
+    point: HookPoint,
+    prompts: Prompts,
+    push_RD: Tensor,
+    tokens_RT: Tensor,
+    positions: Positions,
+    temperature: float,
+) -> Tensor:
+    there_RT = tokens_RT >= 0
+    tokens_RT = tokens_RT.clamp(min=0)
+    n_tokens = tokens_RT.shape[1]
+    # The last token is predicted and never read.
+    ids_RL = torch.cat([prompts.ids_RL, tokens_RT[:, :-1]], dim=1)
+    real_RL = torch.cat([prompts.real_RL, there_RT[:, :-1]], dim=1)
+    steered_RL = prompts.steered_RL.clone()
+    if positions == "last":
+        steered_RL[:, :-1] = False
+        steered_RL[:, -1] = True
+    steered_RL = torch.cat([steered_RL, there_RT[:, :-1]], dim=1)
+    push_RD = push_RD.detach().clone().requires_grad_()
+
+    def add(x_RLD: Tensor) -> Tensor:
+        return x_RLD + push_RD[:, None].to(x_RLD.dtype) * steered_RL[..., None].to(x_RLD.dtype)
+
+    with edited(point, add):
+        logits_RTV = _forward(model, ids_RL, real_RL, keep=n_tokens).logits[:, -n_tokens:]
+    logprob_RTV = (logits_RTV.float() / temperature).log_softmax(dim=-1)
+    drawn_RT = logprob_RTV.gather(2, tokens_RT[..., None])[..., 0]
+    (slope_RD,) = torch.autograd.grad(torch.where(there_RT, drawn_RT, 0).sum(), push_RD)
+    return slope_RD.float()
 
 
 def residual_norm(model: Any, point: HookPoint, prompts: Prompts) -> float:

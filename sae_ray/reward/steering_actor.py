@@ -12,7 +12,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,16 @@ from sae_ray.activations.subject import check_hooks, load_full_model, load_token
 from sae_ray.config import RunConfig
 from sae_ray.corpus.reader import DocumentEncoder
 from sae_ray.errors import UserError
-from sae_ray.reward.steering import Generated, Positions, Prompts, Strengths, generate, match_kl, residual_norm
+from sae_ray.reward.steering import (
+    Generated,
+    Positions,
+    Prompts,
+    Strengths,
+    continuation_gradients,
+    generate,
+    match_kl,
+    residual_norm,
+)
 
 # Strengths are looked for from a tenth of the residual stream's norm on, up to this many times the norm.
 _START, _MOST = 0.1, 20.0
@@ -32,7 +41,8 @@ _START, _MOST = 0.1, 20.0
 @dataclass(frozen=True)
 class SteeringSettings:
     """target_kl: nats, of the next token, mean over the prompts. tolerance: relative. tokens: per continuation.
-    samples: continuations per prompt. rows: of one forward pass, at most."""
+    samples: continuations per prompt. rows: of one forward pass, at most. gradients: also those of the log-probability
+    of what is written along the latents' own directions; one more pass, and its way back."""
 
     target_kl: float = 0.5
     tolerance: float = 0.05
@@ -42,19 +52,22 @@ class SteeringSettings:
     temperature: float = 1.0
     seed: int = 0
     rows: int = 64
+    gradients: bool = False
 
 
 @dataclass(frozen=True)
 class Continuations:
     """Of one direction: texts [prompts][samples], without the prompt; per token its log-probability as sampled and
     without steering, float32 [prompts][samples][tokens]. strength: length of what was added; kl: what that did to the
-    next token, nats (0 both without steering)."""
+    next token, nats (0 both without steering). gradients: float32 [prompts, samples, D], of each continuation's
+    log-probability by the unit direction at that strength; None: not asked for."""
 
     texts: list[list[str]]
     logprobs: list[list[np.ndarray]]
     clean_logprobs: list[list[np.ndarray]]
     strength: float
     kl: float
+    gradients: np.ndarray | None = None
 
     @property
     def drift(self) -> float:
@@ -161,8 +174,8 @@ class SteeringModel:
                 positions=settings.positions, tolerance=settings.tolerance, rows=settings.rows,
             )  # fmt: skip
             # The row behind all directions is no steering at all.
-            written = self._write(unit_ND, found, prompts, settings)
             n = len(latents)
+            written = self._write(unit_ND, found, prompts, settings, n if settings.gradients else 0)
             return SteeringResult(
                 [SteeredLatent(int(latent), written.get(i), written.get(n + i)) for i, latent in enumerate(latents)],
                 written[2 * n],
@@ -170,9 +183,9 @@ class SteeringModel:
             )
 
     def _write(
-        self, unit_ND: torch.Tensor, found: Strengths, prompts: Prompts, settings: SteeringSettings
+        self, unit_ND: torch.Tensor, found: Strengths, prompts: Prompts, settings: SteeringSettings, derived: int
     ) -> dict[int, Continuations]:
-        """By direction (absent: no strength), and unsteered behind the last one."""
+        """By direction (absent: no strength), and unsteered behind the last one; the first `derived` with gradients."""
         uniform_PST = np.stack(
             [
                 np.random.default_rng([settings.seed, 21, prompt]).random((settings.samples, settings.tokens))
@@ -200,10 +213,23 @@ class SteeringModel:
                 part = Generated(
                     generated.tokens_RT[rows], generated.logprob_RT[rows], generated.clean_logprob_RT[rows]
                 )
-                out[i] = self._continuations(
-                    part, len(prompts), settings.samples, float(found.alpha_N[i]), float(found.kl_N[i])
-                )
+                alpha = float(found.alpha_N[i])
+                written = self._continuations(part, len(prompts), settings.samples, alpha, float(found.kl_N[i]))
+                if i < derived:
+                    of_each = prompts.take(prompt_C.to(prompts.ids_RL.device))
+                    written = replace(written, gradients=self._gradients(of_each, unit_ND[i], alpha, part, settings))
+                out[i] = written
         return out
+
+    def _gradients(
+        self, prompts: Prompts, unit_D: torch.Tensor, alpha: float, written: Generated, settings: SteeringSettings
+    ) -> np.ndarray:
+        """[prompts, samples, D]; `prompts` are those of each continuation."""
+        slope_CD = continuation_gradients(
+            self._model, self._steered_point, prompts, (alpha * unit_D).expand(len(prompts), -1), written.tokens_RT,
+            settings.positions, settings.temperature,
+        )  # fmt: skip
+        return (alpha * slope_CD).reshape(-1, settings.samples, len(unit_D)).cpu().numpy()
 
     def _generate(
         self,
@@ -274,6 +300,7 @@ class SteeringModel:
         # `auto` is float32: strengths are found on small differences between distributions.
         dtype = torch.float32 if self._cfg.model.dtype == "auto" else getattr(torch, self._cfg.model.dtype)
         model = load_full_model(self._cfg.model, dtype, self._device)
+        model.requires_grad_(False)  # gradients are taken by what is added, never by weights
         self._width = int(model.config.get_text_config().hidden_size)
         self._point = hook_point(model, self._hook)
         self._model = model

@@ -375,6 +375,7 @@ class TrainerRank:
             rlaif.bonus,
             self.credit_factor,
             rlaif.gate_threshold == "fitted",
+            rlaif.rollout_gamma,
         )
 
     # ----------------------------------------------------------------------------- small parts

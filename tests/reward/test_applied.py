@@ -72,11 +72,28 @@ def test_what_is_torn_or_no_round_is_named(tmp_path):
 
 def test_what_cannot_be_kept_whole_is_refused(tmp_path):
     rounds = AppliedRounds(LocalStorage(tmp_path))
-    none = np.zeros(0)
-    rollouts = Rollouts(none, none, none, none, 0.1)
-    for wrong in (batch(rollouts=rollouts), batch().for_shard(0, 9)):
-        with pytest.raises(ValueError, match="whole batches without rollouts"):
-            rounds.write(AppliedRound(wrong, 4, {}))
+    with pytest.raises(ValueError, match="only whole batches are kept"):
+        rounds.write(AppliedRound(batch().for_shard(0, 9), 4, {}))
+
+
+@pytest.mark.parametrize("perturbed", [False, True])
+def test_rollouts_come_back_bit_for_bit(tmp_path, perturbed):
+    rounds = AppliedRounds(LocalStorage(tmp_path))
+    made = rollouts(perturbed)
+    rounds.write(AppliedRound(batch(rollouts=made), 4, {}))
+    found = rounds.read(0).batch.rollouts
+    assert found.sigma == made.sigma
+    for name in ("latent", "perturbation", "strength", "reward", "log_prob_grad"):
+        a, b = getattr(made, name), getattr(found, name)
+        assert (a is b is None) or (a.dtype, a.tobytes()) == (b.dtype, b.tobytes()), name
+
+
+def rollouts(perturbed: bool = False) -> Rollouts:
+    rng = np.random.default_rng(0)
+    latent, reward = np.array([3, 3, 70_000_000_000]), np.array([0.1, np.nan, -0.2], np.float32)
+    some = rng.random((3, 4)).astype(np.float32)
+    return Rollouts(latent, some if perturbed else None, np.ones(3, np.float32), reward, 0.5 if perturbed else 0.0,
+                    None if perturbed else some)  # fmt: skip
 
 
 # ---------------------------------------------------------------------- may a run be replayed?
@@ -117,6 +134,18 @@ def test_a_finished_run_may_be_replayed_with_another_credit_judge_and_place(fini
     check_replay(replay_of(finished, judge={"model": "/no/such/model"}, trainer={"tp": 1, "keep_checkpoints": 9}))
     moved = finished.rename(finished.parent / "elsewhere")
     check_replay(replay_of(moved))
+
+
+def test_rewards_without_rollouts_are_no_replay_for_an_estimator_that_learns_from_them(finished):
+    config = replay_of(finished, rlaif={"estimator": "teacher_gate+policy_gradient"})
+    with pytest.raises(
+        UserError, match=r"rlaif\.estimator = teacher_gate\+policy_gradient: .* round 1 of .* holds none"
+    ):
+        check_replay(config)
+    rounds = AppliedRounds(LocalStorage(finished))
+    for number in range(2):
+        rounds.write(AppliedRound(batch(number, rollouts=rollouts()), 41 + 10 * number, {}))
+    check_replay(config)
 
 
 @pytest.mark.parametrize(

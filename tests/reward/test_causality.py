@@ -3,7 +3,13 @@ import math
 import numpy as np
 import pytest
 
-from sae_ray.reward.causality import JudgedSteering, causality_rewards, judged_steering, questions
+from sae_ray.reward.causality import (
+    JudgedSteering,
+    causality_rewards,
+    judged_steering,
+    questions,
+    steered_rollouts,
+)
 
 
 def judged(steered, unsteered, random, latent=1) -> JudgedSteering:
@@ -76,3 +82,28 @@ def test_verdicts_find_their_way_back_to_their_texts():
 def test_texts_that_are_not_paired_are_refused():
     with pytest.raises(ValueError, match="not paired"):
         causality_rewards([judged(np.ones((2, 2)), np.ones((3, 2)), np.ones((2, 2)))])
+
+
+def test_rollouts_are_rewarded_beyond_the_control_that_decides_and_what_is_missing_stays_so():
+    rng = np.random.default_rng(0)
+    unsteered, random = rng.random((2, 3, 2)) * 0.2
+    steered = rng.random((3, 2))
+    lost = np.where(np.arange(6).reshape(3, 2) == 4, np.nan, steered)
+    cases = [
+        judged(lost, unsteered + 0.3, random, 8),
+        judged(steered, unsteered, random + 0.3, 5),
+        judged(None, unsteered, random, 2),
+        judged(steered, unsteered, None, 3),
+    ]
+    gradients = rng.random((3, 2, 7)).astype(np.float32)
+    written = {latent: (float(latent), latent * gradients) for latent in (3, 5, 8)}
+    rewards = causality_rewards(cases)
+    found = steered_rollouts(cases, rewards, written)
+    assert found.latent.tolist() == [5] * 6 + [8] * 6
+    np.testing.assert_allclose(found.reward[:6], (steered - (random + 0.3).mean()).ravel(), rtol=1e-6)
+    assert found.reward[:6].mean() == pytest.approx(rewards[5].reward)
+    np.testing.assert_allclose(found.reward[6:], (lost - (unsteered + 0.3).mean()).ravel(), rtol=1e-6)
+    assert np.isnan(found.reward[10])
+    np.testing.assert_allclose(found.log_prob_grad, np.concatenate([5 * gradients, 8 * gradients]).reshape(12, 7))
+    assert found.strength.tolist() == [5.0] * 6 + [8.0] * 6
+    assert len(steered_rollouts([], {}, {}).latent) == 0

@@ -20,7 +20,8 @@ from sae_ray.reward.credit import ESTIMATORS, MAX_RATE_CHANGE, debias, observed,
 from sae_ray.reward.credit.trust import within_turn
 from sae_ray.trainer.credit_state import reshard
 
-LOSSES = ["bank_gate", "policy_gradient", "preference", "reward_model", "teacher_gate"]
+BOTH = "teacher_gate+policy_gradient"
+LOSSES = ["bank_gate", "policy_gradient", "preference", "reward_model", "teacher_gate", BOTH]
 
 
 def test_every_estimator_is_a_loss_or_gives_deltas_or_discounts():
@@ -62,6 +63,32 @@ def test_old_rewards_and_moved_latents_count_less(name):
     away = torch.zeros_like(world.latent.W_enc_ND)
     away[0, 5] = 1.0
     assert value(fit(name, world).loss(x, params_of(world, W_ND=away), world.threshold)) == 0.0
+
+
+def test_two_estimators_add_up_each_with_its_own_gamma():
+    world = with_rollouts(make_world(0.1))
+    x, params = world.x_TD[:500], params_of(world, step=110)
+    teacher, policy = (value(fit(n, world).loss(x, params, world.threshold)) for n in BOTH.split("+"))
+    assert abs(policy) > 1e-3
+    both = value(fit(BOTH, world).loss(x, params, world.threshold))
+    assert both == pytest.approx(teacher + policy, rel=1e-12)
+    settings = dataclasses.replace(SETTINGS, gamma=0.5, rollout_gamma=3.0)
+    weighed = value(fit(BOTH, world, settings).loss(x, params, world.threshold))
+    assert weighed == pytest.approx(0.5 * teacher + 3 * policy, rel=1e-12)
+    alone = value(fit("policy_gradient", world, settings).loss(x, params, world.threshold))
+    assert alone == pytest.approx(3 * policy, rel=1e-12)
+    without = fit(BOTH, make_world(0.1)).loss(x, params, world.threshold)
+    assert value(without) == pytest.approx(teacher, rel=1e-12)
+
+
+def test_the_evidence_of_a_policy_gradient_is_its_judged_generations():
+    """32 of a perfect judge allow half of a turn; verdicts on texts allow none, and missing ones do not count."""
+    world = with_rollouts(two_latents(), n=40)
+    rollouts = world.batch.rollouts
+    reward = np.where(np.arange(40) < 8, np.nan, rollouts.reward).astype(np.float32)
+    batch = dataclasses.replace(world.batch, rollouts=dataclasses.replace(rollouts, reward=reward))
+    turn_N = fit("policy_gradient", dataclasses.replace(world, batch=batch)).state_dict()["turn_N"]
+    assert turn_N.tolist() == pytest.approx([SETTINGS.max_turn / 2, 0])
 
 
 def test_discounts_fade_with_age():

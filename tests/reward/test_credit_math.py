@@ -145,5 +145,9 @@ def test_the_rollout_gradient_is_leave_one_out_and_points_up():
     w = W[0].clone().requires_grad_()
     (slope,) = torch.autograd.grad(w[0] / w.norm(), w)
     assert float(torch.cosine_similarity(rloo_gradient(many, 7, W), slope, dim=0)) > 0.9
+    plain = dataclasses.replace(rollouts, perturbation=None, log_prob_grad=grad)
+    assert torch.equal(rloo_gradient(plain, 7, world.latent.W_enc_ND), by_model)
+    with pytest.raises(ValueError, match="perturbed directions or gradients"):
+        rloo_gradient(dataclasses.replace(rollouts, perturbation=None), 7, world.latent.W_enc_ND)
     missing = dataclasses.replace(rollouts, reward=np.full(8, np.nan, dtype=np.float32))
     assert not rloo_gradient(missing, 7, W).any()

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from round_world import CONTEXT, World, WorldJudge, run_config
+from steering_world import Steering
 
 from sae_ray.config import RunConfig
 from sae_ray.reward import desk as desk_module
@@ -279,3 +280,57 @@ def test_contexts_give_ids_and_their_beginning(tmp_path):
     np.testing.assert_array_equal(texts.tokens(5), world.tokens_BSL.reshape(-1, CONTEXT)[5])
     assert texts[5].startswith(texts.opening(5, 3))
     assert len(texts.opening(5, 3).split()) == 3
+
+
+# ---------------------------------------------------------------------- rollouts
+
+CAUSAL = {
+    "weights": {"interpretability": 1, "causality": 1},
+    "causality": {"prompts": 3, "prompt_tokens": 4, "samples": 2},
+}
+
+
+@pytest.mark.parametrize("estimator", ["policy_gradient", "teacher_gate+policy_gradient"])
+def test_steered_generations_come_as_rollouts_whose_mean_is_the_latents_causality(tmp_path, estimator):
+    steering, judge = Steering(), WorldJudge(noise=0.0)
+    desk = make_desk(run_config(tmp_path, estimator=estimator, rewards=CAUSAL), steering, judge)
+    summary, batch = judged(desk, World())
+    rollouts = batch.rollouts
+    latents, _, texts, sent = steering.asked
+    assert (sent.gradients, steering.steer.calls) == (True, 1)
+    steerable = [n for n in latents if n != 20]
+    assert rollouts.latent.tolist() == np.repeat(steerable, 6).tolist()
+    assert summary["rollouts"] == len(rollouts.latent)
+    np.testing.assert_array_equal(rollouts.log_prob_grad[:, 0], rollouts.latent)
+    np.testing.assert_array_equal(rollouts.log_prob_grad[:, 1], np.tile([0, 0, 1, 1, 2, 2], len(steerable)))
+    np.testing.assert_array_equal(rollouts.log_prob_grad[:, 2], np.tile([0, 1] * 3, len(steerable)))
+    np.testing.assert_allclose(rollouts.strength, 1 + rollouts.latent)
+    yes, no = (1 / (1 + np.exp(-v)) for v in (1, -1))
+    for n in steerable:
+        shows = np.array([f"w{n}" in text.split() for text in texts])
+        steered = np.where(shows | (n < 10), yes, no)
+        expected = np.repeat(steered - np.where(shows, yes, no).mean(), 2)
+        np.testing.assert_allclose(rollouts.reward[rollouts.latent == n], expected, atol=1e-6)
+    desk.keep(0, 11)
+    kept = desk.applied.read(0).batch.rollouts
+    for name in ("latent", "strength", "reward", "log_prob_grad"):
+        np.testing.assert_array_equal(getattr(kept, name), getattr(rollouts, name))
+    assert (kept.perturbation, kept.sigma) == (None, 0.0)
+
+
+def test_an_estimator_without_rollouts_gets_none_and_shuffling_deals_their_rewards_anew(tmp_path):
+    steering = Steering()
+    config = run_config(tmp_path / "bonus", **BONUS, rewards=CAUSAL)
+    summary, batch = judged(make_desk(config, steering), World())
+    assert batch.rollouts is None
+    assert "rollouts" not in summary
+    assert not steering.asked[3].gradients
+    found = []
+    for shuffle in (False, True):
+        settings = {"estimator": "policy_gradient", "rewards": CAUSAL, "shuffle_verdicts": shuffle}
+        desk = make_desk(run_config(tmp_path / str(shuffle), **settings), Steering(), WorldJudge(noise=0.0))
+        found.append(judged(desk, World())[1].rollouts)
+    plain, dealt = found
+    np.testing.assert_array_equal(plain.log_prob_grad, dealt.log_prob_grad)
+    np.testing.assert_allclose(np.sort(plain.reward), np.sort(dealt.reward))
+    assert (plain.reward != dealt.reward).mean() > 0.2

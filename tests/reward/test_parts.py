@@ -12,6 +12,7 @@ import pytest
 import torch
 from ray.exceptions import RayTaskError
 from round_world import CONTEXT, LATENTS, Remote, Tokenizer, World, WorldJudge, run_config
+from steering_world import Steering
 
 from sae_ray.errors import UserError
 from sae_ray.evidence.logit_lens import Unembedding
@@ -24,7 +25,6 @@ from sae_ray.reward.logit_effect import logit_effects
 from sae_ray.reward.parts import Outcome, RewardParts, prompts
 from sae_ray.reward.rounds import Candidate, Choice
 from sae_ray.reward.specificity import Fit
-from sae_ray.reward.steering_actor import Continuations, SteeredLatent, SteeringResult
 
 JUDGED = np.array([1, 3, 4, 7, 14, 20])
 EXPLANATIONS = {1: "w1", 3: "w3", 4: "Twins!", 7: "w7", 14: "twins", 20: "w20"}
@@ -211,28 +211,6 @@ def test_words_are_counted_where_nothing_is_read_and_lost_readings_are_missing(t
 # ---------------------------------------------------------------------- causality
 
 
-class Steering:
-    """An actor's handle. Latents below 10 write their own word under steering; 20 cannot be steered."""
-
-    def __init__(self) -> None:
-        self.ready = Remote(lambda: {"width": 16})
-        self.steer = Remote(self._steer)
-        self.asked: tuple[Any, ...] = ()
-
-    def _steer(self, latents: list[int], W: np.ndarray, texts: list[str], settings: Any) -> SteeringResult:
-        self.asked = (latents, W, texts, settings)
-
-        def written(word: str) -> Continuations:
-            rows = [[f"{word} {prompt} {sample}" for sample in range(settings.samples)] for prompt in texts]
-            return Continuations(rows, [], [], 1.0, 0.5)
-
-        steered = [
-            SteeredLatent(n, None if n == 20 else written(f"w{n}" if n < 10 else "nothing"), written("random"))
-            for n in latents
-        ]
-        return SteeringResult(steered, written("plain"), 0.0)
-
-
 def test_causality_is_what_a_latents_own_steering_shows_beyond_both_controls(world, tmp_path):
     steering, judge = Steering(), WorldJudge(noise=0.0)
     settings = {"prompts": 3, "prompt_tokens": 4, "samples": 2, "target_kl": 0.25}
@@ -248,6 +226,7 @@ def test_causality_is_what_a_latents_own_steering_shows_beyond_both_controls(wor
     assert len(set(texts)) == 3
     assert all(len(text.split()) == 4 for text in texts)
     assert (sent.target_kl, sent.samples, sent.seed) == (0.25, 2, 5)
+    assert not sent.gradients, "what nobody learns from is not computed"
     assert len(judge.asked) == len(set(judge.asked)), "nothing is asked twice"
 
 

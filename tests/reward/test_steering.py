@@ -14,7 +14,16 @@ from sae_ray.activations.hooks import edited, hook_point
 from sae_ray.activations.subject import load_full_model, load_tokenizer
 from sae_ray.config import HookConfig, ModelConfig, RunConfig
 from sae_ray.errors import UserError
-from sae_ray.reward.steering import Prompts, find_strengths, generate, match_kl, next_logprobs, residual_norm, steered
+from sae_ray.reward.steering import (
+    Prompts,
+    continuation_gradients,
+    find_strengths,
+    generate,
+    match_kl,
+    next_logprobs,
+    residual_norm,
+    steered,
+)
 from sae_ray.reward.steering_actor import RemoteSteering, SteeringModel, SteeringSettings
 
 TEXTS = ["The city of", "I think that", "She went home, and"]
@@ -168,6 +177,41 @@ def test_what_is_sampled_is_what_the_distributions_say(model, prompts):
         ids.append(token)
 
 
+@pytest.mark.parametrize(("positions", "at_once"), [("all", 2**29), ("last", 1)])
+def test_the_gradient_by_what_is_added_is_the_finite_difference_of_the_log_probability(
+    model, prompts, monkeypatch, positions, at_once
+):
+    """Against token by token passes without a cache, batch or padding; one text has ended early."""
+    monkeypatch.setattr("sae_ray.reward.steering.GRADIENT_BYTES", at_once)  # all rows in one pass, or each in its own
+    point = hook_point(model, HookConfig(layer=12))
+    push = 8 * directions(len(prompts), seed=4)
+    uniform = torch.from_numpy(np.random.default_rng(1).random((len(prompts), 3)))
+    tokens = generate(model, prompts, uniform, point, push, positions, temperature=0.8).tokens_RT.clone()
+    tokens[2, 2] = -1
+    found = continuation_gradients(model, point, prompts, push, tokens, positions, temperature=0.8)
+    assert found.shape == push.shape
+
+    def log_probability(row: int, push_D: torch.Tensor) -> float:
+        first, ids, total = prompts.ids_RL[row][prompts.real_RL[row]].tolist(), [], 0.0
+        for token in tokens[row][tokens[row] >= 0].tolist():
+            alone = Prompts.of([first + ids])
+            where = alone.steered_RL.clone()
+            if positions == "last":
+                where[:, : len(first) - 1] = False
+            with steered(point, push_D[None], where):
+                total += float((next_logprobs(model, alone)[0].double() / 0.8).log_softmax(-1)[token])
+            ids.append(token)
+        return total
+
+    for row in (0, 2):
+        for axis in (found[row] / found[row].norm(), directions(1, seed=9)[0] + 0.5 * found[row] / found[row].norm()):
+            step = 0.5
+            slope = (log_probability(row, push[row] + step * axis) - log_probability(row, push[row] - step * axis)) / (
+                2 * step
+            )
+            assert slope == pytest.approx(float(found[row] @ axis), rel=0.02, abs=2e-4)
+
+
 def test_a_text_ends_with_its_end_token(model, prompts, monkeypatch):
     monkeypatch.setattr("sae_ray.reward.steering._end_tokens", lambda model: list(range(49152)))
     found = generate(model, prompts, torch.full((len(prompts), 3), 0.5, dtype=torch.float64))
@@ -196,6 +240,29 @@ def test_the_actor_writes_three_paired_sets_that_do_not_depend_on_the_company(su
     assert same.random.strength == pytest.approx(steerable.random.strength, rel=1e-3)
     assert alone.unsteered.texts == whole.unsteered.texts
     assert same.texts(alone.unsteered) == steerable.texts(whole.unsteered)
+
+
+def test_the_actor_gives_gradients_by_the_unit_direction_for_own_directions_and_only_if_asked(subject, monkeypatch):
+    passes = []
+
+    def watched(model, point, prompts, push, tokens, *how):
+        slope = continuation_gradients(model, point, prompts, push, tokens, *how)
+        passes.append((push, tokens, slope))
+        return slope
+
+    monkeypatch.setattr("sae_ray.reward.steering_actor.continuation_gradients", watched)
+    settings = SteeringSettings(target_kl=0.5, tokens=2, samples=2, rows=12, gradients=True)
+    rows = 5 * directions(1, seed=7)
+    (own,) = asyncio.run(subject.steer([4], rows.numpy(), TEXTS[:2], settings)).latents
+    ((push, tokens, slope),) = passes
+    assert own.random.gradients is None
+    assert own.steered.gradients.shape == (2, 2, 576)
+    torch.testing.assert_close(push, (own.steered.strength * rows / 5).expand(4, -1))
+    expected = (own.steered.strength * slope).reshape(2, 2, 576)
+    torch.testing.assert_close(torch.from_numpy(own.steered.gradients), expected)
+    written = [subject._tokenizer.decode(row[row >= 0].tolist(), skip_special_tokens=True) for row in tokens]
+    assert written == [text for of_prompt in own.steered.texts for text in of_prompt]
+    assert np.linalg.norm(own.steered.gradients, axis=2).min() > 0
 
 
 def test_another_width_and_no_prompts_are_refused(subject):

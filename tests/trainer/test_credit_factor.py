@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sae_ray.config import RunConfig
-from sae_ray.reward.credit import ESTIMATORS, RewardBatch
+from sae_ray.reward.credit import ESTIMATORS, RewardBatch, Rollouts
 from sae_ray.trainer.rank import TrainerRank
 
 D_IN, HOOK = 24, "blocks.0.hook_resid_post"
@@ -41,7 +41,9 @@ def block(block_id: int) -> dict[str, Any]:
 BLOCKS = [block(i) for i in range(6)]
 
 
-def make_rank(estimator: str = "teacher_gate") -> TrainerRank:
+def make_rank(estimator: str = "teacher_gate", **rlaif: Any) -> TrainerRank:
+    if ESTIMATORS[estimator].uses_rollouts:
+        rlaif["rewards"] = {"weights": {"causality": 1}}
     config = RunConfig.model_validate(
         {
             "name": "factor",
@@ -50,7 +52,7 @@ def make_rank(estimator: str = "teacher_gate") -> TrainerRank:
             "judge": {"context_tokens": 8},
             "sae": {"d_sae": 48, "k": 4, "aux_k": 0},
             "trainer": {"tp": 1, "batch_tokens": 128, "steps": 60, "warmup_steps": 2, "log_every": 1},
-            "rlaif": {"estimator": estimator, "bonus": 0.5},
+            "rlaif": {"estimator": estimator, "bonus": 0.5, **rlaif},
         }
     )
     rank = TrainerRank(config.model_dump_json(), {HOOK: D_IN})
@@ -154,6 +156,24 @@ def commit(rank: TrainerRank, folder: Path) -> None:
     checkpoint.commit(folder, checkpoint.manifest_of(rank.cfg, D_IN, [saved | written], about))
 
 
+def test_a_ranks_decoder_is_turned_by_the_rounds_rollouts_with_a_gamma_of_their_own():
+    losses, rows = [], []
+    for gamma in (None, 0.6, 0.0):
+        rank = make_rank("policy_gradient", gamma=0.3, rollout_gamma=gamma)
+        rank.build(BLOCKS[:2])
+        rank.train_window(0, 0, BLOCKS[:2])
+        batch = rewards(rank, 1.0)
+        latent, some = np.repeat(batch.latents, 8), np.random.default_rng(0)
+        rollouts = Rollouts(latent, None, np.ones(32), some.random(32), 0.0, some.normal(size=(32, D_IN)))
+        rank.apply_rewards([dataclasses.replace(batch, rollouts=rollouts)], BLOCKS[4:])
+        losses.append(rank.train_window(1, 0, BLOCKS[2:4], 1).metrics[0]["credit_loss"])
+        rows.append(rank.copies["main"].W_dec_mD[torch.from_numpy(batch.latents)].clone())
+    assert losses[0] != 0
+    assert losses[1] == pytest.approx(2 * losses[0], rel=1e-5)
+    assert losses[2] == 0
+    assert (rows[0] - rows[2]).abs().max() > 1e-5
+
+
 def test_every_estimator_says_whether_it_uses_rewards(tmp_path):
     """selection_bonus alone; the flag is what a config with further rewards is checked by."""
     assert [name for name, kind in ESTIMATORS.items() if kind.uses_reward] == ["selection_bonus"]
@@ -162,8 +182,6 @@ def test_every_estimator_says_whether_it_uses_rewards(tmp_path):
     rank.train_window(0, 0, BLOCKS[:2])
     batch = rewards(rank, 1.0)
     for name in ESTIMATORS:
-        if name == "policy_gradient":
-            continue  # of rollouts only, which no run makes
         states = []
         for reward in (batch.reward, batch.reward[::-1].copy()):
             other = make_rank(name)

@@ -18,6 +18,7 @@ from sae_ray.reward.credit.policy_gradient import PolicyGradient
 from sae_ray.reward.credit.preference import Preference
 from sae_ray.reward.credit.reward_model import RewardModel
 from sae_ray.reward.credit.selection_bonus import SelectionBonus
+from sae_ray.reward.credit.summed import TeacherAndPolicy
 from sae_ray.reward.credit.teacher_gate import MAX_RATE_CHANGE, TeacherGate
 from sae_ray.reward.credit.threshold import Threshold
 from sae_ray.reward.credit.whitening import MIN_CONFIRMED, whitener
@@ -31,6 +32,7 @@ ESTIMATORS: dict[str, type[CreditEstimator]] = {
     "evolution": Evolution,
     "preference": Preference,
     "policy_gradient": PolicyGradient,
+    "teacher_gate+policy_gradient": TeacherAndPolicy,
 }
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "Rollouts",
     "SelectionBonus",
     "State",
+    "TeacherAndPolicy",
     "TeacherGate",
     "Threshold",
     "debias",

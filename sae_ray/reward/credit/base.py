@@ -45,26 +45,27 @@ Self = TypeVar("Self", bound="CreditEstimator")
 
 @dataclass(frozen=True)
 class Rollouts:
-    """Generations of the language model steered along perturbed decoder directions, each with a reward.
+    """Generations of the language model steered along decoder directions, each with a reward.
 
     A rollout of latent j steers with the unit vector along `d_j + sigma * u`, d_j the latent's unit decoder row when
-    it was judged and u drawn uniformly from the unit sphere, at a strength that is matched in KL between rollouts.
+    it was judged and u drawn uniformly from the unit sphere, at a strength that is matched in KL between rollouts. With
+    gradients of log-probabilities directions need not be perturbed: then sigma is 0.
     """
 
     latent: np.ndarray  # int64 [R]: global latent id
-    perturbation: np.ndarray  # float32 [R, D]: u, in the SAE's scaled input space
+    perturbation: np.ndarray | None  # float32 [R, D]: u, in the SAE's scaled input space; None: not perturbed
     strength: np.ndarray  # float32 [R]: multiple of the unit direction that was added; for the log
     reward: np.ndarray  # float32 [R]: how far the generation shows the explanation; NaN where there is none
     sigma: float
-    # float32 [R, D]: gradient of the generation's log-probability by the direction; None: from the perturbation
+    # float32 [R, D]: gradient of the generation's log-probability by the unit direction, at that strength. The input
+    # scale is one number, so a unit direction is the same in the SAE's space and in the model's. None: from the
+    # perturbation.
     log_prob_grad: np.ndarray | None = None
 
     def of_latents(self, latents: np.ndarray) -> Rollouts:
         keep = np.isin(self.latent, latents)
-        grad = None if self.log_prob_grad is None else self.log_prob_grad[keep]
-        return Rollouts(
-            self.latent[keep], self.perturbation[keep], self.strength[keep], self.reward[keep], self.sigma, grad
-        )
+        noise, grad = (None if each is None else each[keep] for each in (self.perturbation, self.log_prob_grad))
+        return Rollouts(self.latent[keep], noise, self.strength[keep], self.reward[keep], self.sigma, grad)
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,7 @@ class CreditSettings:
     bonus: float = 0.1  # of `selection_bonus`: thresholds that an advantage of 1 is worth
     factor: float = 1.0  # of everything that a round's credit does (`RewardBatch.gamma_factor`)
     fitted_gates: bool = False  # gates are pulled to either side of the threshold at the fit, not of the moment
+    rollout_gamma: float | None = None  # of `policy_gradient`, wherever it is part of; None: gamma
 
 
 class Deltas(NamedTuple):
@@ -153,6 +155,7 @@ class CreditEstimator:
 
     of_decoder: ClassVar[bool] = False  # whether the loss also has a gradient by W_dec: `params.W_dec_mO` is given
     uses_reward: ClassVar[bool] = False  # whether `RewardBatch.reward` changes anything
+    uses_rollouts: ClassVar[bool] = False  # whether `RewardBatch.rollouts` does
 
     def __init__(self, settings: CreditSettings, state: State):
         self._settings = settings

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from sae_ray.reward.credit.base import CreditEstimator, CreditSettings, LatentState, RewardBatch, Rollouts
-from sae_ray.reward.credit.trust import common_state, freshness
+from sae_ray.reward.credit.trust import TURN_VERDICTS, common_state, freshness, information
 from sae_ray.reward.credit.whitening import whitener
 from sae_ray.reward.evidence import ContextLayout
 
@@ -36,9 +36,13 @@ class PolicyGradient(CreditEstimator):
 
     with S the covariance of unlabelled activations: the filter that reads a direction out is its whitened form. Rows
     keep their norms, because only unit vectors enter. Without rollouts there is no loss.
+
+    A latent's evidence, by which it may turn, is its judged generations: the verdicts on texts say nothing of what its
+    direction does. gamma is `CreditSettings.rollout_gamma` where that is given.
     """
 
     of_decoder: ClassVar[bool] = True
+    uses_rollouts: ClassVar[bool] = True
 
     @classmethod
     def fit(
@@ -51,9 +55,14 @@ class PolicyGradient(CreditEstimator):
     ) -> PolicyGradient:
         state = common_state(settings, batch, latent)
         g_ND = torch.zeros_like(latent.W_enc_ND)
+        n_N = np.zeros(len(batch.latents))
         if batch.rollouts is not None:
             for j, latent_id in enumerate(batch.latents):
                 g_ND[j] = rloo_gradient(batch.rollouts, int(latent_id), latent.W_enc_ND)
+            own = batch.rollouts.of_latents(batch.latents)
+            place_K = np.searchsorted(batch.latents, own.latent[np.isfinite(own.reward)])
+            n_N = information(batch) * np.bincount(place_K, minlength=len(batch.latents))
+        state["turn_N"] = torch.tensor(settings.max_turn * n_N / (n_N + TURN_VERDICTS)).to(latent.W_enc_ND)
         _, _, inverse_DD = whitener(x_TD.to(latent.W_enc_ND))
         norm_N = torch.linalg.vector_norm(g_ND, dim=1, keepdim=True)
         return cls(settings, state | {"g_ND": g_ND, "e_ND": norm_N * F.normalize(g_ND @ inverse_DD, dim=1)})
@@ -68,7 +77,8 @@ class PolicyGradient(CreditEstimator):
         if params.W_dec_mO is not None:
             gain_N = gain_N + (F.normalize(params.W_dec_mO[rows_N], dim=1) * state["g_ND"]).sum(1)
         weight_N = state["credit_N"] * freshness(self._settings, state, W_ND, params.step)
-        return -self._settings.gamma * (weight_N * gain_N).sum()
+        own = self._settings.rollout_gamma
+        return -(self._settings.gamma if own is None else own) * (weight_N * gain_N).sum()
 
 
 def rloo_gradient(rollouts: Rollouts, latent: int, like: torch.Tensor) -> torch.Tensor:
@@ -80,7 +90,9 @@ def rloo_gradient(rollouts: Rollouts, latent: int, like: torch.Tensor) -> torch.
     advantage_K = reward_K - (reward_K.sum() - reward_K) / (len(known) - 1)
     if rollouts.log_prob_grad is not None:
         score_KD = torch.tensor(rollouts.log_prob_grad[known]).to(like)
-    else:
+    elif rollouts.perturbation is not None:
         score_KD = torch.tensor(rollouts.perturbation[known]).to(like) * (like.shape[1] / rollouts.sigma)
+    else:
+        raise ValueError("rollouts need perturbed directions or gradients of their log-probability")
     g_D = (advantage_K[:, None] * score_KD).mean(0)
     return g_D / torch.linalg.vector_norm(g_D).clamp(min=1)
