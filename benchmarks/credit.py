@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/credit.py [--grid smoke|deciding|full] [--seeds 0 1 2] [--minutes 360] [--workers 2]
         [--stages teacher parents] [--worlds research] [--methods teacher_gate] [--set gamma=0.3 rounds=2]
-        [--out runs/credit] [--report docs/credit_table.md] [--only-report]
+        [--out runs/credit] [--report docs/credit_table.md] [--plot docs/credit_frontier.svg] [--only-report]
 
 `credit_grid.py` says which cells there are and in which order they run; `sae_ray.evaluation.proving_ground` what a cell
 is. Finished cells are lines of OUT/results.jsonl and are not run again: stop it when you like and start it again. Cells
@@ -30,7 +30,7 @@ from typing import Any, TextIO
 
 from credit_grid import GRIDS, by_stage
 from credit_report import report
-from credit_rows import label, start_of
+from credit_rows import Results, label, start_of
 
 from sae_ray.evaluation.proving_ground import Cell, run_cell
 from sae_ray.evaluation.proving_ground_base import Ground
@@ -171,6 +171,7 @@ def main() -> None:
     parser.add_argument("--set", type=_setting, nargs="+", default=[], help="KEY=JSON of every cell")
     parser.add_argument("--out", type=Path, default=Path("runs/credit"), help="folder of results and pretrained bases")
     parser.add_argument("--report", type=Path, help="write the report to this file too")
+    parser.add_argument("--plot", type=Path, help="draw the frontiers over gamma into this image")
     parser.add_argument("--only-report", action="store_true", help="run nothing")
     args = parser.parse_args()
     stages = {
@@ -187,11 +188,16 @@ def main() -> None:
     if not args.only_report:
         failed = run(cells, args.out, args.minutes or MINUTES[args.grid], args.workers)
     done = finished(args.out)
-    text = report(args.grid, stages, [done[cell.key] for cell in cells if cell.key in done])
+    records = [done[cell.key] for cell in cells if cell.key in done]
+    text = report(args.grid, stages, records)
     if args.report:
         args.report.write_text(text)
     else:
         print(text)
+    if args.plot:
+        from credit_plot import plot  # matplotlib: of the development lock
+
+        plot(Results(records), args.plot)
     sys.exit(f"{failed} cells failed" if failed else 0)
 
 

@@ -244,3 +244,16 @@ def test_absorption_is_held_against_the_bases_at_equal_ev_and_collapse_against_c
     assert at_8.met is None  # nothing was tuned at k 8
     assert collapse.met
     assert "against random negatives 50.0%" in collapse.measured
+
+
+def test_the_plot_has_a_line_for_each_credit_that_ran(tmp_path):
+    plots = load("credit_plot")
+    cells = [record(grid.BATCHTOPK, "continued", s, 0.72, 0.75) for s in (0, 1)]
+    with pytest.raises(SystemExit, match="continued training"):
+        plots.plot(rows.Results([]), tmp_path / "none.svg")
+    cells += [record(grid.BATCHTOPK, "teacher_gate", s, 0.8, 0.70, gamma=0.03) for s in (0, 1)]
+    plots.plot(rows.Results(cells), tmp_path / "frontier.svg")
+    drawn = (tmp_path / "frontier.svg").read_text()
+    assert "research, batchtopk k 8" in drawn
+    assert drawn.count("teacher_gate") >= 1
+    assert "shuffled" not in drawn
