@@ -143,6 +143,7 @@ def _common(name: str, sizes: Sizes, place: Place) -> Config:
         "activations": {"producers": 2, "block_sequences": 16, "mix_blocks": 4, "window_blocks": 12, **stored},
         "sae": {"d_sae": sizes.d_sae, "k": sizes.k},
         # By likelihood only: SmolLM2-135M answers yes/no questions at chance.
-        "judge": {"mode": "likelihood", "context_tokens": CONTEXT_TOKENS, "app": place.app},
+        # On a busy machine a verdict may take minutes; a missing one would be another latent's every time.
+        "judge": {"mode": "likelihood", "context_tokens": CONTEXT_TOKENS, "app": place.app, "deadline_s": 1200},
         "evaluation": {"blocks": 2, "ce_sequences": 2, "latents": 0, "threads": 1},
     }
