@@ -8,6 +8,7 @@ One BatchTopK (and, for comparison, one Matryoshka) is trained by reconstruction
 
     rlaif               the default estimator and gamma
     gentle              a tenth of that gamma
+    own_cuts            as rlaif, a yes where the explanation's own scores say (`rlaif.verdict_cut`)
     shuffled            as rlaif, the verdicts of each kind of text dealt anew over all latents
     random_negatives    as rlaif, explained and taught against random texts only
     continued           the first arm's copy without credit; `matryoshka` is trained on beside it

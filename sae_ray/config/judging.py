@@ -150,6 +150,11 @@ class RLAIFConfig(LoopConfig):
     )
     round_timeout_s: Seconds = Field(900, description="how long a round may take before the run says the judges hang")
     max_context_share: Fraction = Field(0.5, description="latents active in more contexts than this are not judged")
+    verdict_cut: Literal["planted", "own"] = Field(
+        "planted",
+        description="where a score is a yes: at probability 1/2 by the planted items, or where the explanation's own "
+        "scores best tell the latent's active texts from random ones",
+    )
     control: bool = Field(False, description="train a copy with gamma 0 on the same batches, to compare with")
     shuffle_verdicts: bool = Field(
         False, description="control: what teaches is the verdicts of each kind of text dealt anew over all latents"

@@ -40,6 +40,7 @@ from sae_ray.reward.history import UnitRows
 from sae_ray.reward.parts import OF_ROWS, OF_WHOLE_DECODER, Outcome, RewardParts
 from sae_ray.reward.pool_judge import HELDOUT, PoolJudge
 from sae_ray.reward.rounds import Candidate, Choice, compete, detect, rewards_of
+from sae_ray.reward.verdict_cut import at_own_cuts
 from sae_ray.reward.watch import held_out_scores, told, watch
 from sae_ray.storage import LocalStorage
 
@@ -151,7 +152,8 @@ class RewardDesk:
                 "planned); more evidence_blocks or fewer positives would give each latent more active contexts"
             )
         deal = np.random.default_rng([self.config.seed, 10, number]) if self.config.rlaif.shuffle_verdicts else None
-        batch = reward_batch(number, step, rewards, rows, self.judge.rates, deal)
+        own = self.config.rlaif.verdict_cut == "own"
+        batch = reward_batch(number, step, rewards, rows, self.judge.rates, deal, own_cuts=own)
         batch = self.carried.finish(batch, rewards, scan)
         batch, about, memory = await self._weighed(
             batch,
@@ -352,13 +354,16 @@ def reward_batch(
     step: int,
     rewards: list[LatentReward],
     rows: list[dict[str, Any]],
-    rates: tuple[float, float],
+    rates: Sequence[float],
     deal: np.random.Generator | None = None,
+    own_cuts: bool = False,
 ) -> RewardBatch:
     """What the ranks need of a round: the verdicts on each latent's winning explanation, and how far to trust them.
 
     Args:
+        rates: (false positive, false negative) of a verdict at probability 1/2.
         deal: deals the verdicts of each kind of text anew over all latents: a control that keeps their rates.
+        own_cuts: a verdict is yes where its explanation's own scores say, see `verdict_cut`.
     """
     ordered = sorted(rewards, key=lambda reward: reward.latent)
     trust = np.array([reward.credit_weight for reward in ordered])
@@ -373,6 +378,9 @@ def reward_batch(
         return np.array([row[key] for row in known], dtype=dtype)
 
     verdict = (column("probability", np.float32) >= 0.5).astype(np.float32)
+    if own_cuts:
+        trusted = {reward.latent for reward in rewards if reward.credit_weight > 0}
+        verdict, *rates = at_own_cuts(known, trusted, rates)
     if deal is not None:
         kind = column("kind", str)
         for which in sorted(set(kind)):
