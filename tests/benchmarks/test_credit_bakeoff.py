@@ -103,7 +103,7 @@ def test_a_worker_ends_with_the_process_that_started_it():
     code = "import os, sys, threading; sys.path[:0] = sys.argv[2:]; import credit; credit._end_with(int(sys.argv[1]))"
     worker = subprocess.Popen([sys.executable, "-c", code, str(os.getpid() + 1), *sys.path], stderr=subprocess.PIPE)
     try:
-        assert worker.wait(timeout=60) == 1, worker.stderr.read().decode()
+        assert worker.wait(timeout=180) == 1, worker.stderr.read().decode()
     finally:
         worker.kill()
 

@@ -55,7 +55,7 @@ class PolicyGradient(CreditEstimator):
     ) -> PolicyGradient:
         state = common_state(settings, batch, latent)
         g_ND = torch.zeros_like(latent.W_enc_ND)
-        n_N = np.zeros(len(batch.latents))
+        n_N: np.ndarray = np.zeros(len(batch.latents))
         if batch.rollouts is not None:
             for j, latent_id in enumerate(batch.latents):
                 g_ND[j] = rloo_gradient(batch.rollouts, int(latent_id), latent.W_enc_ND)
