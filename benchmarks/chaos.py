@@ -3,7 +3,8 @@
     python benchmarks/chaos.py --out runs/chaos --faults 200 --minutes 30 --report docs/chaos.md
 
 Levels: bank, rank, storage, disk; none starts Ray. Each run has several faults, drawn by a seed; a finished run is one
-line in OUT/runs.jsonl, so the same command goes on where it stopped. Needs the tests' S3 server (moto, in the dev requirements); a full disk needs leave to mount a tmpfs.
+line in OUT/runs.jsonl, so the same command goes on where it stopped. Needs the tests' S3 server (moto, in the dev
+requirements); a full disk needs leave to mount a tmpfs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The run's own parts with fuses in them: real ranks, writers and logs that die where a plan says.
 
-Nothing else about them is changed. Importing this changes nothing; `chaos_ranks.py` puts these in
-the place of their parents.
+Nothing else about them is changed. Importing this changes nothing; `chaos_ranks.py` takes these instead.
 """
 
 from __future__ import annotations
