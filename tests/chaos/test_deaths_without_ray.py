@@ -5,8 +5,7 @@ from __future__ import annotations
 import subprocess
 
 import pytest
-from chaos_faults import CONTROLLER_PHASES, RANK_PHASES, Fault
-from chaos_proxy import KINDS, StorageFault
+from chaos_faults import RANK_PHASES, Fault
 
 pytestmark = pytest.mark.timeout(1500)
 
@@ -21,27 +20,6 @@ def test_a_rank_may_die_in_every_phase_of_a_step_and_of_a_save(chaos) -> None:
     assert broken == []
     assert {fault["phase"] for fault in faults} == set(RANK_PHASES)
     assert all(fault["recovery_s"] is not None for fault in faults)
-
-
-def test_a_controller_may_die_before_and_after_a_manifest_and_between(chaos) -> None:
-    plan = [
-        Fault(f"p{number}", "controller killed", phase, at)
-        for number, (phase, at) in enumerate(zip(CONTROLLER_PHASES, (9, 25, 33, 60), strict=True))
-    ]
-    faults, broken = chaos.ranks("every-controller-phase", plan, random_kills=2, seed=1)
-    assert broken == []
-    assert {fault["phase"] for fault in faults} >= set(CONTROLLER_PHASES)
-
-
-def test_s3_may_be_slow_refuse_tear_and_lose_answers(chaos) -> None:
-    faults = [
-        StorageFault(kind, kind, method, at=2 + 4 * number if method == "PUT" else 1, seconds=1.0)
-        for number, (kind, method) in enumerate(KINDS.items())
-    ]
-    faults.append(StorageFault("long", "refused", "PUT", at=22, times=6))
-    found, broken = chaos.bucket("s3-faults", faults, [Fault("kill", "rank killed", "inside an upload", 20)])
-    assert broken == []
-    assert {fault["id"] for fault in found} == {"kill", "long", *KINDS}
 
 
 def test_a_full_disk_stops_a_run_that_goes_on_when_there_is_room(chaos) -> None:
