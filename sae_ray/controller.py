@@ -268,7 +268,7 @@ class Controller:
         path = checkpoint.latest(checkpoint.home(self.config))
         if path is None:
             self.pipeline = WindowPipeline(self.config, self.group, Cursor(0, 0), 0)
-            self.committed_step = self.saved_step = 0
+            self.committed_step = self.saved_step = self.status.step = self.status.tokens = 0
             self.stream.seek(0)
             self._wait_first_window()
             self.group.build(self.stream.window_refs(0))

@@ -42,7 +42,10 @@ class RunLog:
         """Drops the metrics of later steps: they will be trained again."""
         self._metrics.close()
         kept = [row for row in read_jsonl(self._metrics_path) if row["step"] <= step]
-        self._metrics_path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        # Whoever dies in the middle of this leaves the whole old file or the whole new one.
+        cut = self._metrics_path.with_suffix(".cut")
+        cut.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        cut.replace(self._metrics_path)
         self._metrics = self._metrics_path.open("a", encoding="utf-8")
 
     def metrics(self, rows: list[dict[str, Any]]) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -28,6 +29,20 @@ def test_a_line_torn_by_a_crash_is_left_out(tmp_path):
     assert read_jsonl(path) == [{"step": 1}, {"step": 2}]
     RunLog(tmp_path, resume_at=1).close()
     assert path.read_text() == '{"step": 1}\n'
+
+
+def test_a_crash_while_steps_are_cut_loses_none_of_the_others(tmp_path, monkeypatch):
+    log = RunLog(tmp_path)
+    log.metrics([{"step": step} for step in (1, 2, 3)])
+    before = (tmp_path / "metrics.jsonl").read_text()
+
+    def die(path: Path, target: Path) -> None:
+        raise OSError("died before the last moment")
+
+    monkeypatch.setattr(Path, "replace", die)
+    with pytest.raises(OSError, match="last moment"):
+        log.rewind(2)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
 
 
 @pytest.fixture

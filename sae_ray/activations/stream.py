@@ -202,6 +202,7 @@ class BlockStream:
         if outcome != "accepted":
             self._totals["duplicates"] += 1
             return [{"what": f"{outcome}_block", "split": pending.key.split, "block_id": pending.key.block_id}]
+        meta["node_id"] = (pending.producer.info or {}).get("node_id", "")  # in whose object store it lies
         self._blocks[pending.key] = (pending.block_ref, meta)
         self._totals["blocks"] += 1
         self._totals["tokens"] += meta["tokens"]
@@ -217,6 +218,7 @@ class BlockStream:
         """Continue with mix window `window`: after a resume, or back to a commit when ranks were rebuilt."""
         for key in self._scheduler.seek(window * self._mix_blocks):
             self._blocks.pop(key, None)
+        self._drop_lost()  # not sooner: a window that its ranks have fetched is trained all the same
 
     def window_ready(self, window: int) -> bool:
         """Raises UserError: the activation store ends before this window."""
@@ -296,6 +298,14 @@ class BlockStream:
         }
 
     # -- inside -----------------------------------------------------------------------------------------
+
+    def _drop_lost(self) -> None:
+        """Held blocks whose object died with its node are up for a lease again."""
+        if not self._blocks:
+            return
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        for key in [key for key, (_, meta) in self._blocks.items() if meta["node_id"] not in alive]:
+            self.lost(key.split, [key.block_id])
 
     def _window(self, window: int) -> list[BlockKey]:
         first = window * self._mix_blocks

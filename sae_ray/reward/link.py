@@ -114,7 +114,7 @@ class DeskLink:
 
         Raises:
             UserError: the judge is at chance, has changed or answers nothing, or no latent could be judged.
-            RankDied: a rank that the round was scanning is gone.
+            RankDied: a rank that the round was scanning is gone, or a node with the evidence.
         """
         if ref == self._calibration:
             self._calibration = None
@@ -153,6 +153,6 @@ class DeskLink:
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, UserError):
                 raise error.cause from None
-            if isinstance(error.cause, ray.exceptions.RayActorError):
+            if isinstance(error.cause, (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError)):
                 raise RankDied(f"{what}: {error.cause}") from error
             raise RuntimeError(f"{what} failed: {error}") from error

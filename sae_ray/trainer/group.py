@@ -28,7 +28,7 @@ NETWORK_ERRORS = ("DistBackendError", "DistNetworkError", "DistStoreError")
 
 
 class RankDied(Exception):
-    """A rank's process ended, lost its peers or hangs: the group must be rebuilt as a new generation."""
+    """A rank's process ended, lost its peers or its blocks, or hangs: the group must be rebuilt as a new generation."""
 
 
 class TrainerGroup:
@@ -272,6 +272,8 @@ class TrainerGroup:
             cause = error.cause
             if isinstance(cause, UserError):
                 raise UserError(str(cause)) from error
+            if isinstance(cause, ray.exceptions.ObjectLostError):
+                raise RankDied(f"a node died with blocks that the group needed for {what}: {cause}") from error
             if _lost_a_peer(cause):
                 raise RankDied(f"a trainer rank lost its peers while the group waited for {what}: {cause}") from error
             raise

@@ -61,6 +61,7 @@ class TrainerRank:
     def __init__(self, config_json: str, widths: dict[str, int]):
         cfg = RunConfig.model_validate_json(config_json)
         torch.set_num_threads(cfg.trainer.threads)
+        torch.manual_seed(cfg.seed)  # a process's own seed is random, and the generator's state is saved
         self.cfg, self.widths, self.specs = cfg, widths, cfg.specs()
         self._hooks = [hook.name for hook in cfg.hooks]
         self.generation = -1
