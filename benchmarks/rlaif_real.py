@@ -189,8 +189,8 @@ class Bench:
             Stage("core metrics", self.out / "core.json", self._core, False),
             *(
                 Stage(f"{kind} of {name}", self._folder(kind, name) / "scores.parquet", self._scorer(kind, name), True)
+                for kind in self.judgings  # all SAEs by one before the next: what is cut short is a whole comparison
                 for name in self.saes
-                for kind in self.judgings
             ),
         ]
         return [stage for stage in stages if not stage.done.exists()]
