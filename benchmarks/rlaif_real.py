@@ -15,9 +15,10 @@ One BatchTopK (and, for comparison, one Matryoshka) is trained by reconstruction
 
 All are then put at the same L0: each gets the threshold that gives k active latents a token on the same texts. The
 judged latents of every SAE are explained anew by the same explainers and scored by `sae-ray judge` on held-out texts:
-by MiniLM's embeddings, simulation, sensitivity, and the judge that taught. Differences are paired over latents, with
-bootstrap intervals; Matryoshka's latents are others, chosen by the same rule, and are not paired. The target is
-detection by MiniLM up by .05 over continued training with an interval above 0, at equal L0 and FVU (2%).
+by MiniLM's embeddings (on a few texts, and on all of them), simulation, sensitivity, and the judge that taught.
+Differences are paired over latents, with bootstrap intervals; Matryoshka's latents are others, chosen by the same
+rule, and are not paired. The target is detection by MiniLM up by .05 over continued training with an interval above 0,
+at equal L0 and FVU (2%).
 
 It is a series of stages that leave their results in OUT. Stopped (Ctrl-C, or --minutes: no stage begins later), the
 same command goes on.
@@ -60,6 +61,7 @@ from rlaif_real_configs import (
     scoring_config,
     store_config,
 )
+from rlaif_real_texts import detections, embedded
 
 from sae_ray.activations.block import Block
 from sae_ray.activations.producer import ActivationProducer
@@ -69,6 +71,7 @@ from sae_ray.corpus.reader import SPLITS, Split
 from sae_ray.evaluation.core import PlacedSAE, ce_recovered, core_metrics
 from sae_ray.evaluation.evaluator import first_sequences
 from sae_ray.judge.deploy import JudgeApp
+from sae_ray.judge.embedder import MiniLM
 from sae_ray.judging import results
 from sae_ray.reward.applied import AppliedRounds
 from sae_ray.reward.bank import VerdictBank
@@ -187,12 +190,14 @@ class Bench:
             *(Stage(arm, self._exported(arm), self._trainer_of(arm), True) for arm in self.chosen),
             Stage("same L0", self.out / "latents.json", self._match, False),
             Stage("core metrics", self.out / "core.json", self._core, False),
-            *(
-                Stage(f"{kind} of {name}", self._folder(kind, name) / "scores.parquet", self._scorer(kind, name), True)
-                for kind in self.judgings  # all SAEs by one before the next: what is cut short is a whole comparison
-                for name in self.saes
-            ),
         ]
+        for kind in self.judgings:  # all SAEs by one before the next: what is cut short is a whole comparison
+            stages += [
+                Stage(f"{kind} of {name}", self._folder(kind, name) / "scores.parquet", self._scorer(kind, name), True)
+                for name in self.saes
+            ]
+            if kind == "scores":
+                stages.append(Stage("all texts", self.out / "all_texts.json", self._all_texts, False))
         return [stage for stage in stages if not stage.done.exists()]
 
     def _trainer_of(self, arm: str) -> Callable[[], None]:
@@ -244,6 +249,20 @@ class Bench:
         folder = self._folder(kind, name).name
         self._command("judge", self.out / "saes" / name, "--config", path, "--latents", latents, "--name", folder)
 
+    def _all_texts(self) -> None:
+        config = self._first()
+        blocks, model = self._blocks(config, "heldout", self.sizes.heldout_blocks), MiniLM()
+        texts = embedded(blocks, config, model)
+        found = {}
+        for name in self.saes:
+            rows = results.read(LocalStorage(self._folder("scores", name)), "explanations")
+            chosen = {
+                row["latent"]: row["explanation"] for row in rows if row["kind"] == results.LATENT and row["chosen"]
+            }
+            sae = import_sae(self.out / "saes" / name)
+            found[name] = detections(sae, chosen, blocks, texts, config, model)
+        (self.out / "all_texts.json").write_text(json.dumps(found))
+
     # -- what is there ----------------------------------------------------------------------------------
 
     def scores(self) -> dict[str, dict[str, dict[int, float | None]]]:
@@ -261,6 +280,8 @@ class Bench:
                         latent: rows.get((results.LATENT, latent, scorer), {}).get("value")
                         for latent in self.latents()[name][:most]
                     }
+        for name, by_latent in _read(self.out / "all_texts.json").items():
+            found["all_texts"][name] = {latent: by_latent.get(str(latent)) for latent in self.latents()[name]}
         return {measure: by_sae for measure, by_sae in found.items() if by_sae}
 
     def core(self) -> dict[str, dict[str, Any]]:

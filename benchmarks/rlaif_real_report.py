@@ -19,11 +19,12 @@ REFERENCE = "continued"
 # Score name: (what a reader calls it, whether training saw this judge).
 MEASURES = {
     "embedding": "detection by MiniLM",
+    "all_texts": "the same, all texts",
     "simulation": "simulation, correlation",
     "sensitivity": "sensitivity",
     "detection": "detection by the training judge",
 }
-HELD_OUT = "embedding"
+HELD_OUT = ("embedding", "all_texts")  # one question, of a few texts and of all
 LEAST_GAIN, FVU_TOLERANCE, L0_TOLERANCE = 0.05, 0.02, 0.02
 RESAMPLES = 4000
 
@@ -133,8 +134,8 @@ def targets(
 ) -> list[dict[str, Any]]:
     """For each of the arms whether it meets the target: see `rlaif_real.py`. `met` is None where a part is missing."""
     rows = []
-    for arm in arms:
-        gain = next((d for d in found if (d.measure, d.one, d.other) == (HELD_OUT, arm, REFERENCE)), None)
+    for measure, arm in ((measure, arm) for measure in HELD_OUT for arm in arms):
+        gain = next((d for d in found if (d.measure, d.one, d.other) == (measure, arm, REFERENCE)), None)
         shares = alike(core, arm)
         met = None
         if gain is not None and shares is not None:
@@ -142,6 +143,7 @@ def targets(
             met = gain.mean >= LEAST_GAIN and gain.above_zero and equal
         rows.append(
             {
+                "measure": measure,
                 "sae": arm,
                 "gain": None if gain is None else [gain.mean, gain.low, gain.high, gain.n],
                 "fvu_share": None if shares is None else shares[0],
@@ -192,14 +194,15 @@ def told(d: Difference) -> str:
 def target_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The target, and for each arm what stands beside it."""
     bounds = f"interval above 0, FVU and L0 within {FVU_TOLERANCE:.0%}"
-    lines = [f"target: {MEASURES[HELD_OUT]} up by {LEAST_GAIN:g} or more over continued training, {bounds}"]
+    lines = [f"target: {MEASURES[HELD_OUT[0]]} up by {LEAST_GAIN:g} or more over continued training, {bounds}"]
     for row in rows:
+        which = f"{row['sae']}, {MEASURES[row['measure']]}"
         if row["met"] is None:
-            lines.append(f"{row['sae']}: not measured yet")
+            lines.append(f"{which}: not measured yet")
             continue
         mean, low, high, n = row["gain"]
         lines.append(
-            f"{row['sae']}: {mean:+.3f} ({low:+.3f} to {high:+.3f}, {n} latents), FVU {row['fvu_share']:+.1%}, "
+            f"{which}: {mean:+.3f} ({low:+.3f} to {high:+.3f}, {n} latents), FVU {row['fvu_share']:+.1%}, "
             f"L0 {row['l0_share']:+.1%}: {'met' if row['met'] else 'missed'}"
         )
     return lines

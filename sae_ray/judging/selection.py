@@ -27,13 +27,14 @@ class Chosen:
 
 def halves(latent: LatentEvidence, contexts: Contexts) -> tuple[LatentEvidence, LatentEvidence]:
     """The latent with only the texts that choose its explanation (7 of 16), and with only those that score it."""
-    chooses = [_chooses(contexts.tokens[example.context]) for example in latent.score]
+    chooses = [chooses_explanation(contexts.tokens[example.context]) for example in latent.score]
     select = tuple(e for e, first in zip(latent.score, chooses, strict=True) if first)
     score = tuple(e for e, first in zip(latent.score, chooses, strict=True) if not first)
     return replace(latent, score=select), replace(latent, score=score)
 
 
-def _chooses(tokens_S: np.ndarray) -> bool:
+def chooses_explanation(tokens_S: np.ndarray) -> bool:
+    """Whether a text of the score side is among those that choose explanations, and so scores none."""
     # A salt makes this hash independent of the one that keeps explainers and scorers apart.
     salted_S = np.concatenate([np.array([-7], dtype=np.int32), tokens_S.astype(np.int32)])
     return side_of(salted_S) == "explain" or side_of(salted_S[::-1]) == "explain"

@@ -93,7 +93,8 @@ def test_scores_of_some_latents_leave_out_the_others_and_saes_with_other_latents
     ],
 )
 def test_the_target_asks_for_gain_certainty_and_equal_reconstruction(found, fvu, met):
-    (row,) = report.targets(found, core(continued=0.2, rlaif=fvu), ["rlaif"])
+    row, of_all = report.targets(found, core(continued=0.2, rlaif=fvu), ["rlaif"])
+    assert of_all["met"] is None  # nobody asked about all texts
     assert row["met"] is met
     lines = report.target_lines([row])
     assert len(lines) == 2
@@ -185,10 +186,32 @@ def test_stages_are_skipped_where_their_results_are(tmp_path):
     made = bench.Bench(tmp_path, configs.SMOKE, ["shuffled"], print)
     names = [stage.name for stage in made.left()]
     assert names[:6] == ["base", "store", "rlaif", "shuffled", "same L0", "core metrics"]
-    assert names[6:] == [f"scores of {name}" for name in ("continued", "rlaif", "shuffled", "matryoshka")]
+    saes = ("continued", "rlaif", "shuffled", "matryoshka")
+    assert names[6:] == [*(f"scores of {name}" for name in saes), "all texts"]
     for stage in made.left()[:3]:
         stage.done.parent.mkdir(parents=True, exist_ok=True)
         stage.done.touch()
     assert [stage.name for stage in made.left()] == names[3:]
     assert made.scores() == {}
     assert len(bench.Bench(tmp_path, configs.FULL, configs.FULL.arms, print).judgings) == 2
+
+
+def test_all_texts_are_asked_about_but_those_that_made_the_explanation():
+    from types import SimpleNamespace
+
+    texts = load("rlaif_real_texts")
+    rng = np.random.default_rng(0)
+    tokens_SL = rng.integers(0, 50, size=(40, 8)).astype(np.int32)
+    seq_T, pos_T = (each.ravel() for each in np.indices(tokens_SL.shape))
+    acts_TD = torch.randn(320, 3, generator=torch.Generator().manual_seed(0))
+    block = SimpleNamespace(tokens_SL=tokens_SL, seq_T=seq_T, pos_T=pos_T, acts_TD=lambda dtype, hook: acts_TD)
+    config = SimpleNamespace(judge=SimpleNamespace(context_tokens=4), hook=SimpleNamespace(name="h"))
+    sae = SimpleNamespace(encode=lambda x_TD: torch.relu(x_TD - 1.5))
+    active_C = (acts_TD[:, 1].reshape(80, 4) > 1.5).any(1).numpy()
+    kept = np.arange(0, 80, 2)
+    vector_CE = np.stack([active_C[kept] * 1.0 + rng.normal(size=40), np.zeros(40)], axis=1)
+    model = SimpleNamespace(embed_now=lambda phrases: np.array([[1.0, 0.0]] * len(phrases)))
+    found = texts.detections(sae, {1: "x"}, [block], texts.Texts(kept, vector_CE), config, model)
+    pairs = [(a, b) for a in vector_CE[active_C[kept], 0] for b in vector_CE[~active_C[kept], 0]]
+    assert found[1] == pytest.approx(np.mean([a > b for a, b in pairs]))
+    assert texts.detections(sae, {1: "x"}, [block], texts.Texts(kept[:6], vector_CE[:6]), config, model)[1] is None
