@@ -16,7 +16,10 @@ import sys
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sae_ray.config import RunConfig
 
 FOLDER = "logs"
 # Libraries that keep their records from the root logger.
@@ -123,10 +126,16 @@ def start(run_dir: str | Path | None, run: str, role: str, secrets: tuple[str | 
     logging.getLogger("sae_ray").setLevel(logging.INFO)
 
 
-def start_actor(config: Any, role: str) -> None:
-    """`start` in an actor of the run `config` (a `RunConfig`)."""
-    keys = [config.judge.api_key_env, *(judge.get("api_key_env") for judge in config.judges.values())]
-    start(config.run_dir, config.name, role, tuple(keys))
+def start_actor(config: RunConfig, role: str) -> None:
+    """`start` in an actor of a run; does nothing in the driver, which may call an actor's class itself."""
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None:
+        start(config.run_dir, config.name, role, secrets_of(config))
+
+
+def secrets_of(config: RunConfig) -> tuple[str | None, ...]:
+    """Names of the variables that hold the keys of a run's judges."""
+    return (config.judge.api_key_env, *(judge.get("api_key_env") for judge in config.judges.values()))
 
 
 def stop() -> None:
