@@ -33,6 +33,7 @@ class S3Faults:
         share, seed, kinds: instead of a script, this share of all requests gets one of the kinds.
         methods: requests of other methods pass, and take nothing from the script.
         unknown_headers: refused as not implemented, as by an endpoint that does not know them.
+        dropped_headers: taken out, as by an endpoint that does not mind them.
     """
 
     def __init__(
@@ -44,10 +45,12 @@ class S3Faults:
         kinds: tuple[str, ...] = FAULTS,
         methods: tuple[str, ...] = ("GET", "PUT", "POST"),
         unknown_headers: tuple[str, ...] = (),
+        dropped_headers: tuple[str, ...] = (),
     ):
         parts = urlsplit(upstream)
         self.host, self.port = str(parts.hostname), int(parts.port or 80)
         self.share, self.kinds, self.methods, self.unknown = share, kinds, methods, unknown_headers
+        self.dropped = {name.lower() for name in dropped_headers}
         self.done: Counter[str] = Counter()  # of each kind, how often
         self._script, self._rng, self._lock = list(script), random.Random(seed), threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"faults": self}))
@@ -110,7 +113,10 @@ class _Handler(BaseHTTPRequestHandler):
             return
         upstream = HTTPConnection(self.faults.host, self.faults.port, timeout=60)
         try:
-            upstream.request(self.command, self.path, body, dict(self.headers))
+            headers_up = {
+                name: value for name, value in self.headers.items() if name.lower() not in self.faults.dropped
+            }
+            upstream.request(self.command, self.path, body, headers_up)
             answer = upstream.getresponse()
             content = answer.read()
         finally:

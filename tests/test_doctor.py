@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
+from s3_faults import S3Faults
+from s3_server import BUCKET, S3Server
 
 from sae_ray import doctor
 from sae_ray.config import RunConfig
@@ -20,6 +23,13 @@ def config(tmp_path: Path, **sections: Any) -> RunConfig:
     })  # fmt: skip
 
 
+@pytest.fixture
+def s3() -> Iterator[S3Server]:
+    running = S3Server()
+    yield running
+    running.stop()
+
+
 def of(found: list[Finding], what: str) -> Finding:
     (one,) = [each for each in found if each.what == what]
     return one
@@ -30,6 +40,13 @@ def test_on_the_machine_that_runs_the_tests_nothing_fails(tmp_path: Path) -> Non
     assert not [each for each in found if each.state == "failure"]
     assert "ray" in of(found, "packages").told
     assert of(found, "model, hooks, corpus").state == "ok"
+
+
+def test_it_leaves_nothing_behind(tmp_path: Path) -> None:
+    runs, checkpoints = tmp_path / "runs", tmp_path / "disk" / "checkpoints"
+    found = examine(config(tmp_path, runs_dir=str(runs), trainer={"checkpoint_dir": str(checkpoints)}))
+    assert of(found, "run folder").state == of(found, "trainer.checkpoint_dir").state == "ok"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_each_thing_that_is_wrong_is_found_in_one_go(tmp_path: Path) -> None:
@@ -68,6 +85,35 @@ def test_a_token_mode_without_a_token_would_fail(monkeypatch: pytest.MonkeyPatch
     told = of(list(doctor._ray()), "Ray's token")
     assert told.state == "ok"
     assert "secret-of-mine" not in told.told
+
+
+def test_a_bucket_is_written_read_and_left_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3: S3Server
+) -> None:
+    for key, value in s3.settings.items():
+        monkeypatch.setenv(key, value)
+    there = {"trainer": {"checkpoint_dir": f"s3://{BUCKET}/run"}}
+    told = of(list(doctor._config(config(tmp_path, **there))), "trainer.checkpoint_dir")
+    assert told.state == "ok", told.told
+    assert s3.keys() == []
+    # An endpoint that says nothing of conditions and overwrites: two runs there would not notice each other.
+    with S3Faults(s3.settings["AWS_ENDPOINT_URL"], dropped_headers=("If-None-Match",)) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        told = of(list(doctor._config(config(tmp_path, **there))), "trainer.checkpoint_dir")
+    assert told.state == "failure"
+    assert "ignores If-None-Match" in told.told
+    assert s3.keys() == []
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    told = of(list(doctor._config(config(tmp_path, **there))), "trainer.checkpoint_dir")
+    assert told.state == "failure"
+    assert "127.0.0.1:9" in told.told
+
+
+def test_a_cluster_elsewhere_without_a_token_would_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    told = of(list(doctor._config(config(tmp_path, ray={"address": "10.255.255.1:6379"}))), "ray.address")
+    assert told.state == "failure"
+    assert "ray.trust_network: true" in told.told
 
 
 def test_a_check_that_breaks_is_a_failure_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
