@@ -13,7 +13,6 @@ from sae_ray import s3, s3_traffic
 from sae_ray.errors import UserError
 from sae_ray.s3_traffic import TRAFFIC, TRIES
 from sae_ray.storage import Storage, open_storage
-from sae_ray.trainer import checkpoint
 
 DATA = bytes(range(256)) * 40
 RETRIED = [fault for fault in FAULTS if fault != "slow"]
@@ -129,17 +128,6 @@ def test_the_second_of_two_commits_is_refused_and_changes_nothing(server, faults
     assert raw(server, storage, "manifest") == b"third"
     assert (counted(before, "unconditional") > 0) == bool(unknown)
     assert ("knows no conditional writes" in caplog.text) == bool(unknown)
-
-
-def test_a_second_run_cannot_commit_over_the_firsts_checkpoint(faults, storage):
-    home = storage.url("step-4").rstrip("/")
-    checkpoint.begin(home)
-    checkpoint.commit(home, {"step": 4, "config": {"name": "first"}})
-    with pytest.raises(UserError, match=r"manifest\.json: somebody else has committed"):
-        checkpoint.commit(home, {"step": 4, "config": {"name": "second"}})
-    assert checkpoint.read_manifest(home)["config"]["name"] == "first"
-    checkpoint.begin(home)
-    checkpoint.commit(home, {"step": 4, "config": {"name": "second"}})
 
 
 def test_a_large_upload_survives_lost_and_broken_parts(faults, storage, server, monkeypatch):
