@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import threading
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,6 +125,16 @@ def start(run_dir: str | Path | None, run: str, role: str, secrets: tuple[str | 
     _handlers.extend(made)
     logging.captureWarnings(True)
     logging.getLogger("sae_ray").setLevel(logging.INFO)
+
+
+@contextlib.contextmanager
+def driver(config: RunConfig) -> Iterator[None]:
+    """Logs this process as the driver of a run for the duration of the block."""
+    start(config.run_dir, config.name, "driver", secrets_of(config))
+    try:
+        yield
+    finally:
+        stop()
 
 
 def start_actor(config: RunConfig, role: str) -> None:

@@ -39,13 +39,12 @@ def run_training(config: RunConfig, verbose: bool = False) -> None:
         print_results(config, console)
         return
     (config.run_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    logs.start(config.run_dir, config.name, "driver", logs.secrets_of(config))
     log = RunLog(config.run_dir, done)
     place = str(checkpoint.home(config))
     file = StatusFile(config.run_dir, config.name, place if is_s3(place) else None)
     progress = Progress(config.name, status, console, log, file)
     try:
-        with Interrupt() as interrupt, progress, ray_session(config.ray, verbose):
+        with logs.driver(config), Interrupt() as interrupt, progress, ray_session(config.ray, verbose):
             controller = Controller(config, status, progress, log, interrupt)
             try:
                 controller.run()
@@ -56,7 +55,6 @@ def run_training(config: RunConfig, verbose: bool = False) -> None:
                 controller.close()
     finally:
         log.close()
-        logs.stop()
     export(config, lambda line: console.print(line, soft_wrap=True))
     render_report(config.run_dir)
     print_results(config, console)

@@ -89,7 +89,9 @@ class Traffic:
     def _exporting(self) -> S3Metrics | None:
         """None in a process without Ray, or before it is connected; nothing here imports it."""
         ray = sys.modules.get("ray")
-        if self._metrics is None and ray is not None and ray.is_initialized():
+        if ray is None or not ray.is_initialized():
+            return None
+        if self._metrics is None:
             self._metrics = S3Metrics(str(bound().get("run", "")))
         return self._metrics
 
