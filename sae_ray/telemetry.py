@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sae_ray.errors import RunInterrupted, printable
+from sae_ray.logs import redacted
 from sae_ray.status_file import StatusFile
 
 _log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class RunLog:
 
     def event(self, kind: str, **fields: Any) -> None:
         _log.info(kind, extra={"fields": {"event": fields}})
-        self._events.write(json.dumps({"time": round(time.time(), 3), "event": kind, **fields}) + "\n")
+        self._events.write(redacted(json.dumps({"time": round(time.time(), 3), "event": kind, **fields})) + "\n")
         self._events.flush()
 
     def close(self) -> None:
