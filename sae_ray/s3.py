@@ -122,8 +122,9 @@ class S3Storage:
         with self._explained(key, "cannot be read", "read"):
             seen = ""
             for turn in range(TRIES):
+                # What fails here, botocore has tried often enough.
+                answer = self._client.get_object(Bucket=self.bucket, Key=self._key(key))
                 try:
-                    answer = self._client.get_object(Bucket=self.bucket, Key=self._key(key))
                     data: bytes = answer["Body"].read()
                 except _TORN:
                     if turn == TRIES - 1:
@@ -140,8 +141,10 @@ class S3Storage:
                 seen = found
                 pause_before(turn)
         try:
-            check_hash(self.url(key), data, sha256)
-            check_hash(self.url(key), data, stored, "it was stored with")
+            if sha256 is not None:
+                check_hash(self.url(key), data, sha256)
+            else:
+                check_hash(self.url(key), data, stored, "it was stored with")
         except UserError:
             TRAFFIC.add("corrupt")
             raise
@@ -288,7 +291,7 @@ def _reason(error: Exception) -> str:
     cause = _cause(error)
     if isinstance(cause, FlexibleChecksumError):
         return "is corrupt: its content does not fit the checksum that it was stored with"
-    if isinstance(cause, _TORN):
+    if isinstance(cause, (ResponseStreamingError, IncompleteReadError)):
         return (
             f"the answer broke off {TRIES} times ({' '.join(str(cause).split())}); is the server, or a proxy, unwell?"
         )
