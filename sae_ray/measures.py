@@ -160,7 +160,7 @@ class Measures:
             "producer_restarts": stream["restarts"],
             "blocks_reissued": stream["reissued"],
             "blocks_duplicate": stream["duplicates"],
-            "oldest_lease_s": stream["oldest_lease_s"],
+            "oldest_lease_s": run.stream.oldest_lease_s(now),
             "trainer_wait_share": self._trainer.value,
             "windows_in_flight": len(run.pipeline),
             "oldest_window_s": run.pipeline.oldest_s(now),

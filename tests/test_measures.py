@@ -33,7 +33,7 @@ def a_run(**changes: Any) -> Any:
     """What `Measures` looks at of a controller."""
     counters = {"seconds": 0.0, "ready": 2, "starting": 1, "idle": 0, "restarts": 3, "reissued": 4, "duplicates": 5}
     run = SimpleNamespace(
-        stream=SimpleNamespace(counters=lambda: counters | {"oldest_lease_s": 6.0}),
+        stream=SimpleNamespace(counters=lambda: counters, oldest_lease_s=lambda now: 6.0),
         pipeline=Pipeline(),
         desk=SimpleNamespace(round_age_s=0.0, round_open=False, round_step=0),
         status=RunStatus(), saving=None, steps_per_s=None, submitted_step=50, committed_step=40, generation=1,
