@@ -87,12 +87,31 @@ class JsonLines(logging.Formatter):
         return redacted(json.dumps(entry, default=str))
 
 
+_JSON_LINES = JsonLines()
+
+
+class _Json(logging.Handler):
+    """Whatever formatter it is given: Ray gives its own to every handler of its logger."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _JSON_LINES.format(record)
+
+
+class _Stderr(_Json, logging.StreamHandler):  # type: ignore[type-arg]
+    pass
+
+
+class _File(_Json, logging.FileHandler):
+    pass
+
+
 class _Once(logging.Filter):
     """A library's record comes by its own logger and, where it lets it, by the root: the second is dropped."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         seen: set[int] = record.__dict__.setdefault("_sae_ray_seen", set())
-        known, _ = id(self) in seen, seen.add(id(self))
+        known = id(self) in seen
+        seen.add(id(self))
         return not known
 
 
@@ -109,16 +128,15 @@ def start(run_dir: str | Path | None, run: str, role: str, secrets: tuple[str | 
     _secret_names.update(name for name in secrets if name)
     made: list[logging.Handler] = []
     if role != "driver":
-        made.append(logging.StreamHandler(sys.stderr))
+        made.append(_Stderr(sys.stderr))
     if run_dir is not None and Path(run_dir).is_dir():
         name = "driver" if role == "driver" else f"{role}-{os.getpid()}"
         with contextlib.suppress(OSError):
             folder = Path(run_dir) / FOLDER
             folder.mkdir(exist_ok=True)
             # An actor that has nothing to say makes no file.
-            made.append(logging.FileHandler(folder / f"{name}.jsonl", encoding="utf-8", delay=role != "driver"))
+            made.append(_File(folder / f"{name}.jsonl", encoding="utf-8", delay=role != "driver"))
     for handler in made:
-        handler.setFormatter(JsonLines())
         handler.addFilter(_Once())
         for logger in (logging.getLogger(), *map(logging.getLogger, _APART)):
             logger.addHandler(handler)

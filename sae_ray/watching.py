@@ -65,10 +65,17 @@ def look(location: str) -> tuple[dict[str, Any] | None, RenderableType]:
         home = checkpoint.home(load_config(Path(location) / "config.yaml"))
         if not is_s3(home):  # a run folder may have been moved since
             home = Path(location) / "checkpoints" if (Path(location) / "checkpoints").is_dir() else home
-    steps = checkpoint.steps(home)
-    if found is None and is_s3(location) and not steps:
-        raise UserError(f"{location}: holds neither a run's status nor a checkpoint")
-    parts: list[RenderableType] = [*_said(found), _checkpoints(steps, home)]
+    try:
+        steps = checkpoint.steps(home)
+    except UserError as error:
+        if is_s3(location):
+            raise
+        committed = Text(printable(str(error)), style="yellow")  # of a bucket that is not this machine's to read
+    else:
+        if found is None and is_s3(location) and not steps:
+            raise UserError(f"{location}: holds neither a run's status nor a checkpoint")
+        committed = _checkpoints(steps, home)
+    parts: list[RenderableType] = [*_said(found), committed]
     if not is_s3(location):
         parts += _recent(Path(location))
     return found, Group(*parts)

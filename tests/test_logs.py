@@ -30,6 +30,8 @@ def rows(folder: Path, name: str = "driver") -> list[dict[str, Any]]:
 
 def test_a_record_says_of_which_run_generation_and_step_it_is(tmp_path):
     logs.start(tmp_path, "night", "driver")
+    for handler in logging.getLogger("ray").handlers:  # as ray.init does
+        handler.setFormatter(logging.Formatter("%(message)s"))
     logging.getLogger("sae_ray.x").info("first %d", 1)
     logs.bind(generation=2, step=70)
     logging.getLogger("sae_ray.x").warning("second\nline", extra={"fields": {"round": 3}})

@@ -106,6 +106,19 @@ def test_a_status_that_a_newer_version_wrote_is_read(folder):
     assert "step 3/9" in shown(folder)
 
 
+def test_checkpoints_that_cannot_be_listed_hide_nothing_else(folder, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):
+        monkeypatch.setenv(name, "test")
+    tree = {"name": "night", "runs_dir": str(folder.parent), "hook": {"layer": 2}}
+    config = parse_config({**tree, "trainer": {"checkpoint_dir": "s3://b/x"}}, "x")
+    (folder / "config.yaml").write_text(config.to_yaml())
+    StatusFile(folder, "night").show(RunStatus(step=3, total_steps=9))
+    out = shown(folder)
+    assert "step 3/9" in out
+    assert "s3://b/x: cannot be listed" in out
+
+
 def test_a_folder_is_told_from_a_submitted_runs_name(folder, monkeypatch, capsys):
     assert is_run(str(folder))
     assert is_run("s3://bucket/run")
