@@ -20,7 +20,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from sae_ray.errors import RunInterrupted, printable
+from sae_ray.errors import RunInterrupted, UserError, printable
 from sae_ray.logs import redacted
 from sae_ray.status_file import StatusFile
 
@@ -255,7 +255,10 @@ def clock(seconds: float) -> str:
 
 
 def _why(error: BaseException | None) -> str:
-    return " ".join(str(error).split()) if error is not None else ""
+    if error is None:
+        return ""
+    said = " ".join(str(error).split())
+    return said if isinstance(error, (UserError, RunInterrupted)) else f"{type(error).__name__}: {said}"
 
 
 def _number(value: float | None, digits: int) -> str:
