@@ -15,7 +15,7 @@ import hashlib
 import io
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import boto3
@@ -198,7 +198,7 @@ class S3Storage:
             )
         )
 
-    def _upload(self, key: str, parts: list[memoryview], sha256: str) -> None:
+    def _upload(self, key: str, parts: Sequence[memoryview], sha256: str) -> None:
         self._client.upload_fileobj(
             io.BufferedReader(_Parts(parts), MULTIPART_BYTES),
             self.bucket,
@@ -309,7 +309,7 @@ def _reason(error: Exception) -> str:
 class _Parts(io.RawIOBase):
     """A stream over buffers, for boto3's transfer manager."""
 
-    def __init__(self, parts: list[memoryview]):
+    def __init__(self, parts: Sequence[memoryview]):
         self._parts = [part.cast("B") for part in parts if part.nbytes]
 
     def readable(self) -> bool:
