@@ -97,7 +97,7 @@ class _Json(logging.Handler):
         return _JSON_LINES.format(record)
 
 
-class _Stderr(_Json, logging.StreamHandler):  # type: ignore[type-arg]
+class _Stderr(_Json, logging.StreamHandler):
     pass
 
 
