@@ -128,7 +128,7 @@ class _Group:
 
 
 class _Silent:
-    """A desk, a log, a screen or gauges that have nothing to say."""
+    """A desk, a log, a screen or measures that have nothing to say."""
 
     counters: dict[str, Any] = {}  # noqa: RUF012
     calibrated = round_open = False
@@ -141,7 +141,13 @@ class _Silent:
 
     def pump(self, *_: Any) -> None: ...
 
-    def set(self, *_: Any) -> None: ...
+    def trained(self, *_: Any) -> None: ...
+
+    def committed(self) -> None: ...
+
+    def waited(self, *_: Any) -> None: ...
+
+    def show(self, *_: Any) -> None: ...
 
     def event(self, *_: Any, **__: Any) -> None: ...
 
@@ -156,7 +162,7 @@ class DrivenController(Controller):
     def __init__(self, config: RunConfig, ray: FakeRay, ranks: int, window_s: float) -> None:
         silent: Any = _Silent()
         self.config, self.status, self.interrupt = config, RunStatus(), type("Never", (), {"requested": False})()
-        self.desk = self.log = self.progress = self.gauges = silent
+        self.desk = self.log = self.progress = self.measures = silent
         self.stream = BlockStream(config)
         self.committed_step = self.saved_step = self.rounds_done = self.generation = 0
         self.saving = None

@@ -6,6 +6,7 @@ Errors the user can mend are one line on stderr and exit code 2.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -18,6 +19,7 @@ from rich.console import Console
 from sae_ray.config import RunConfig
 from sae_ray.config_file import load_config
 from sae_ray.errors import RunInterrupted, UserError, printable
+from sae_ray.logs import redacted
 from sae_ray.storage import DISK_FULL, why_not_written
 
 if TYPE_CHECKING:
@@ -235,11 +237,22 @@ def submit(
 
 @app.command()
 def status(
-    run: Annotated[str | None, typer.Argument(help="name of a submitted run [default: all]")] = None,
+    run: Annotated[
+        str | None,
+        typer.Argument(help="run folder, s3://bucket/prefix of checkpoints, or a submitted run's name [default: all]"),
+    ] = None,
+    once: Annotated[bool, typer.Option(help="show a run folder as it is now, and stop")] = False,
     address: Address = None,
     trust_network: TrustNetwork = False,
 ) -> None:
-    """Submitted runs and their attempts, and the last line that a run printed."""
+    """A run's queues, waits and last events until it ends; or submitted runs, and the last line that one printed."""
+    if run is not None:
+        from sae_ray.watching import is_run, watch
+
+        if is_run(run):
+            with contextlib.suppress(KeyboardInterrupt):
+                watch(run, Console(), once)
+            return
     from sae_ray.submission import Jobs, print_status
 
     print_status(Jobs(address, trust_network), run, Console())
@@ -313,7 +326,7 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except UserError as error:
-        print(f"sae-ray: {printable(str(error))}", file=sys.stderr)
+        print(f"sae-ray: {printable(redacted(str(error)))}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.errno not in DISK_FULL:

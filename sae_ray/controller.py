@@ -24,16 +24,18 @@ from typing import Any
 
 import ray
 
+from sae_ray import logs
 from sae_ray.activations.stream import BlockStream
 from sae_ray.config import RunConfig
 from sae_ray.errors import RunInterrupted, UserError
 from sae_ray.judge.pool import JudgePool
+from sae_ray.measures import Measures
 from sae_ray.reward.applied import AppliedRounds
 from sae_ray.reward.link import Calibrated, DeskLink, JudgedRound
 from sae_ray.reward.pool_judge import without_heldout
 from sae_ray.session import Deadline, Interrupt
 from sae_ray.storage import LocalStorage
-from sae_ray.telemetry import Gauges, Progress, RateMeter, RunLog, RunStatus
+from sae_ray.telemetry import Progress, RateMeter, RunLog, RunStatus
 from sae_ray.trainer import checkpoint
 from sae_ray.trainer.group import RankDied, TrainerGroup
 from sae_ray.trainer.mixing import Cursor
@@ -53,7 +55,7 @@ class Controller:
         self.progress = progress
         self.log = log
         self.interrupt = interrupt
-        self.gauges = Gauges(config.name)
+        self.measures = Measures(config.name)
         self.stream = BlockStream(config)
         # The held-out judge starts when the evaluation asks it, unless an alarm does.
         judges = config if config.rlaif.alarms.asks_held_out else without_heldout(config)
@@ -74,6 +76,10 @@ class Controller:
     def submitted_step(self) -> int:
         """Steps handed to the ranks so far."""
         return self.pipeline.step
+
+    @property
+    def steps_per_s(self) -> float | None:
+        return self._rates.steps_per_s()
 
     # -- phases ---------------------------------------------------------------------------------------
 
@@ -201,6 +207,8 @@ class Controller:
             self.stream.trained(trained.window)
         result, status = trained.result, self.status
         status.trainer_wait_s = trained.wait_seconds
+        self.measures.trained(trained)
+        logs.bind(step=result.last_step)
         rate = result.tokens / max(result.seconds - result.block_wait_seconds, 1e-9)
         self.log.metrics([row | {"rank_tokens_per_s": rate} for row in result.metrics])
         status.step = result.last_step
@@ -241,11 +249,14 @@ class Controller:
         self.committed_step, pin = self.saving.step, self.saving.pin
         self.saving = None
         self.log.event("commit", step=self.committed_step, pin=pin, **cost)
+        self.measures.committed()
         checkpoint.prune(checkpoint.home(self.config), self.config.trainer.keep_checkpoints)
 
     def _finish_save(self) -> None:
+        began = time.monotonic()
         while self.saving is not None:
             self._wait_once()
+        self.measures.waited("save", time.monotonic() - began)
 
     def _stop_early(self) -> None:
         self.progress.phase("stopping", "committing a checkpoint")
@@ -264,6 +275,7 @@ class Controller:
 
     def _start_group(self) -> None:
         """Builds the group from the last commit, or from scratch on the first window's activations."""
+        logs.bind(generation=self.generation)
         self.group = TrainerGroup.start(self.config, self.stream.widths, self.generation, self._on_wait)
         path = checkpoint.latest(checkpoint.home(self.config))
         if path is None:
@@ -332,6 +344,7 @@ class Controller:
         began = time.monotonic()
         self._wait_while(lambda: self.desk.round_open, Deadline(float("inf"), "a round"))
         self._round_wait_s = time.monotonic() - began
+        self.measures.waited("round", self._round_wait_s)
         self._rates.restart()
         self.progress.phase("RLAIF", f"round {self.rounds_done} of {self.config.rlaif.rounds} applied")
 
@@ -352,6 +365,7 @@ class Controller:
         self.group.apply_rewards(batch, self._evidence)
         self.rounds_done = number + 1
         self.status.rewards_applied += summary["rewards"]
+        self.measures.rewarded(summary.get("judged_at_step"))
         self.log.event("rewards_applied", round=number, at_step=step, **summary)
         alarms = f"; {summary['alarms']['told']}" if "alarms" in summary else ""
         self.progress.say(
@@ -387,10 +401,7 @@ class Controller:
             status.verdicts_per_s = counters["verdicts_per_s"]
             if not self.desk.calibrated:
                 status.judge = counters["state"]
-        for name in Gauges.NAMES:
-            value = getattr(status, name)
-            if value is not None:
-                self.gauges.set(name, value)
+        self.measures.show(self)
         self.progress.refresh()
 
     def _seconds_left(self) -> float | None:

@@ -10,6 +10,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import socket
 import sys
@@ -27,10 +28,13 @@ from rich.table import Table
 
 from sae_ray.config import RunConfig
 from sae_ray.errors import UserError
+from sae_ray.network import has_token
+from sae_ray.storage import is_s3
 
 State = Literal["ok", "warning", "failure"]
 _COLOURS: dict[State, str] = {"ok": "green", "warning": "yellow", "failure": "red"}
 _GIB = 1 << 30
+_HUB_TIMEOUT_S = 10
 # Below these, runs were seen to fail or to crawl.
 _LEAST_MEMORY_GIB, _LEAST_DISK_GIB, _LEAST_SHM_GIB = 6, 10, 1
 # vLLM comes under one of these names: built for CPUs, or with ray[llm].
@@ -65,7 +69,7 @@ def examine(config: RunConfig | None = None) -> list[Finding]:
         _python, _packages, _machine, _gpus, _ray, _embedded,
     ]  # fmt: skip
     if config is not None:
-        checks += [lambda: _config(config), lambda: _room(config)]
+        checks += [lambda: _config(config), lambda: _access(config), lambda: _room(config)]
     found: list[Finding] = []
     for check in checks:
         try:
@@ -165,7 +169,11 @@ def _gpus() -> Iterator[Finding]:
     import torch
 
     if not torch.cuda.is_available():
-        yield Finding("GPUs", "ok", "none that torch can use; everything runs on CPUs")
+        if shutil.which("nvidia-smi"):
+            told = f"torch {torch.__version__} can use none, though there is a driver: a CPU build, or too new for it"
+            yield Finding("GPUs", "warning", told)
+        else:
+            yield Finding("GPUs", "ok", "none that torch can use; everything runs on CPUs")
         return
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     free = [torch.cuda.mem_get_info(i)[0] / _GIB for i in range(len(names))]
@@ -175,14 +183,11 @@ def _gpus() -> Iterator[Finding]:
 
 def _ray() -> Iterator[Finding]:
     mode = os.environ.get("RAY_AUTH_MODE", "disabled")
-    token = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
-    if mode == "token" and not token:
-        default = Path.home() / ".ray" / "auth_token"
-        there = default.exists()
-        told = f"RAY_AUTH_MODE=token, and the token {'is in' if there else 'is neither set nor in'} {default}"
-        yield Finding("Ray's token", "ok" if there else "failure", told)
+    if mode == "token":
+        told = "is set" if has_token() else "RAY_AUTH_MODE=token, and the token is neither set nor in ~/.ray/auth_token"
+        yield Finding("Ray's token", "ok" if has_token() else "failure", told)
     else:
-        told = "set" if mode == "token" else "RAY_AUTH_MODE is not token: only a Ray that stays on loopback is safe so"
+        told = "RAY_AUTH_MODE is not token: clusters on other machines are refused (ray.trust_network)"
         yield Finding("Ray's token", "ok", told)
     taken = [f"{port} ({what})" for port, what in _PORTS.items() if _listens(port)]
     told = "taken: " + ", ".join(taken) + "; a cluster runs here, or `ray start --head` would fail"
@@ -196,11 +201,11 @@ def _listens(port: int) -> bool:
 
 
 def _embedded() -> Iterator[Finding]:
-    from sae_ray.embedded import MINILM, SMOLLM2, resolve_model
+    from sae_ray.embedded import MINILM, SMOLLM2, find_embedded
 
     for name in (SMOLLM2, MINILM):
         try:
-            yield Finding(f"model {name}", "ok", resolve_model(name, "the embedded model"))
+            yield Finding(f"model {name}", "ok", find_embedded(name, "the embedded model"))
         except UserError as error:
             yield Finding(f"model {name}", "warning", str(error))
 
@@ -212,17 +217,21 @@ def _config(config: RunConfig) -> Iterator[Finding]:
     """Every check of `preflight`, each by itself, so that one failure does not hide the next."""
     from sae_ray import preflight
     from sae_ray.session import check_address
-    from sae_ray.storage import ensure_writable
 
     checks: list[tuple[str, Callable[[], object], str]] = [
-        ("run folder", lambda: ensure_writable(config.run_dir), str(config.run_dir)),
+        ("run folder", lambda: _check_folder(config.run_dir), f"{config.run_dir} can be written"),
         ("ray.address", lambda: check_address(config.ray), config.ray.address),
         ("model, hooks, corpus", lambda: preflight.check_sources(config), _sources(config)),
         ("judges", lambda: preflight.check_judges(config), "every model, or its server, is to be had"),
     ]
     if config.trainer.checkpoint_dir is not None:
-        place = config.trainer.checkpoint_dir
-        checks.append(("trainer.checkpoint_dir", lambda: preflight.check_checkpoint_dir(config), f"{place} is written"))
+        place, key = config.trainer.checkpoint_dir, "trainer.checkpoint_dir"
+        if is_s3(place):
+            checks.append(
+                (key, lambda: _check_bucket(place, key), f"{place}: written, read and removed, on conditions")
+            )
+        else:
+            checks.append((key, lambda: _check_folder(Path(place)), f"{place} can be written"))
     if any(spec.sae.init_from for spec in config.specs().values()):
         checks.append(("sae.init_from", lambda: preflight.check_init_from(config), "can be read, and fits"))
     for what, check, fine in checks:
@@ -232,6 +241,73 @@ def _config(config: RunConfig) -> Iterator[Finding]:
             yield Finding(what, "failure", str(error))
         else:
             yield Finding(what, "ok", fine)
+
+
+def _check_folder(folder: Path) -> None:
+    """Proves that `folder` could be made and written, and leaves nothing behind.
+
+    Raises:
+        UserError: it could not.
+    """
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    try:
+        # Without a name as long as it lives; gone when it is closed.
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(b"probe")
+            file.flush()
+    except OSError as error:
+        raise UserError(f"{folder}: is not writable: {there}: {error.strerror or error}") from error
+
+
+def _check_bucket(location: str, key: str) -> None:
+    """Writes, reads and removes an object of its own, and looks whether the endpoint minds conditions.
+
+    Raises:
+        UserError: one of them fails; or two runs that commit at once would not notice each other.
+    """
+    import uuid
+
+    from sae_ray.storage import PROBE, open_storage
+
+    storage, name = open_storage(location), f"{PROBE}-{uuid.uuid4().hex}"
+    try:
+        sha256 = storage.commit(name, b"probe")
+        try:
+            storage.read(name, sha256)
+            try:
+                storage.commit(name, b"another")
+            except UserError:
+                return
+            raise UserError("the endpoint ignores If-None-Match: never let two runs write there at once")
+        finally:
+            storage.delete(name)
+    except UserError as error:
+        raise UserError(f"{key} = {location}: {error}") from error
+
+
+def _access(config: RunConfig) -> Iterator[Finding]:
+    """Whether the Hub lets this machine have every model that it would be asked for, with `HF_TOKEN` if it is set."""
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+
+    from sae_ray.judge.roles import judges_of
+
+    wanted = {config.model.name: "model.name"}
+    for role, judge in judges_of(config).items():
+        if judge.endpoint is None and judge.app is None and judge.s3_mirror is None:
+            wanted.setdefault(judge.model, f"{role}'s model")
+    for name, key in wanted.items():
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or Path(name).exists():
+            continue
+        if constants.is_offline_mode():
+            yield Finding(key, "ok", f"{name}: HF_HUB_OFFLINE is set; only the local cache is asked")
+            continue
+        try:
+            get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=_HUB_TIMEOUT_S)
+        except Exception as error:  # gated, unknown, no network: whichever, the Hub's first line says it
+            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            yield Finding(key, "failure", f"{name}: {said}; is HF_TOKEN set, and were the model's terms accepted?")
+        else:
+            yield Finding(key, "ok", f"{name} can be had from {constants.ENDPOINT}")
 
 
 def _sources(config: RunConfig) -> str:

@@ -61,6 +61,20 @@ def resolve_model(name: str, key: str = "model.name") -> str:
     return name
 
 
+def find_embedded(name: str, key: str) -> str:
+    """Where an embedded model is, or that it will be made; makes nothing.
+
+    Raises:
+        UserError: the package that carries it is missing.
+    """
+    if name == MINILM:
+        return str(_minilm_folder(key))
+    folder = cache_dir() / "models" / f"{SMOLLM2}-{_CONVERSION}"
+    if (folder / "config.json").is_file():
+        return str(folder)
+    return f"{_find_gguf(key)}; the first run converts it into {folder}"
+
+
 def _check_reachable(name: str, key: str) -> None:
     """Offline, an id is only good when its config is in the local Hugging Face cache."""
     import huggingface_hub

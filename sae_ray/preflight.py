@@ -27,7 +27,7 @@ FREE_ON_RESUME = (
     *("runs_dir", "ray", "evaluation", "rlaif.round_timeout_s", "rlaif.alarms", "rlaif.rewards.threads", "sae.export"),
     *(f"rlaif.rewards.causality.{key}" for key in ("cpus", "gpus", "rows")),
     *(f"judge.{key}" for key in ("app", "autoscaling", "cpus", "gpus", "threads", "max_in_flight", "max_attempts")),
-    *(f"judge.{key}" for key in ("start_timeout_s", "deadline_s", "stall_timeout_s", "api_key_env")),
+    *(f"judge.{key}" for key in ("start_timeout_s", "deadline_s", "stall_timeout_s", "api_key_env", "trust_network")),
     *(
         f"activations.{key}"
         for key in ("producers", "cpus", "gpus", "window_blocks", "lease_timeout_s", "max_restarts", "store")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from rich.console import Console
 
+from sae_ray import logs
 from sae_ray.config import RunConfig
 from sae_ray.controller import Controller
 from sae_ray.errors import UserError
@@ -14,6 +15,8 @@ from sae_ray.report.render import render_report
 from sae_ray.sae.formats import export_sae
 from sae_ray.sae.formats.of_run import as_exported, sae_of_run
 from sae_ray.session import Interrupt, ray_session
+from sae_ray.status_file import StatusFile
+from sae_ray.storage import is_s3
 from sae_ray.telemetry import Progress, RunLog, RunStatus
 from sae_ray.trainer import checkpoint
 from sae_ray.variants import MAIN
@@ -37,9 +40,11 @@ def run_training(config: RunConfig, verbose: bool = False) -> None:
         return
     (config.run_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     log = RunLog(config.run_dir, done)
-    progress = Progress(config.name, status, console, log)
+    place = str(checkpoint.home(config))
+    file = StatusFile(config.run_dir, config.name, place if is_s3(place) else None)
+    progress = Progress(config.name, status, console, log, file)
     try:
-        with Interrupt() as interrupt, progress, ray_session(config.ray, verbose):
+        with logs.driver(config), Interrupt() as interrupt, progress, ray_session(config.ray, verbose):
             controller = Controller(config, status, progress, log, interrupt)
             try:
                 controller.run()

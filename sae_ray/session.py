@@ -20,20 +20,32 @@ import psutil
 
 from sae_ray.config import RayConfig
 from sae_ray.errors import UserError
+from sae_ray.network import TOKEN_FILE, check_token
 
 CONNECT_TIMEOUT_S = 5.0
+# Ray sets it for the driver of a submitted job.
+IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
 def check_address(config: RayConfig) -> None:
-    """Fails at once where Ray's own client would retry for minutes.
+    """Fails at once where Ray's own client would retry for minutes, or talk to strangers.
 
     Raises:
-        UserError: nothing listens at `ray.address`.
+        UserError: nothing listens at `ray.address`, or it is another machine's and there is no token to send.
     """
     address = config.address.removeprefix("ray://")
-    if config.address in ("local", "auto"):
+    if config.address == "local":
+        return
+    if config.address == "auto":
+        # A job's driver runs on its cluster already. Elsewhere `auto` means this machine's, unless this variable says
+        # otherwise.
+        named = "" if IN_A_JOB in os.environ else os.environ.get("RAY_ADDRESS", "")
+        if ":" in named and not named.startswith(("http://", "https://")):
+            host = named.removeprefix("ray://").rpartition(":")[0]
+            check_token(host, f"RAY_ADDRESS={named}", config.trust_network, "ray.trust_network: true")
         return
     host, _, port = address.rpartition(":")
+    check_token(host, f"ray.address = {config.address!r}", config.trust_network, "ray.trust_network: true")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except OSError as error:
@@ -71,7 +83,12 @@ def ray_session(config: RayConfig, verbose: bool = False) -> Iterator[None]:
     else:
         options["address"] = config.address
     try:
-        ray.init(**options)
+        with _on_loopback() if own else contextlib.nullcontext():
+            ray.init(**options)
+    except ray.exceptions.AuthenticationError as error:
+        raise UserError(
+            f"ray.address = {config.address!r}: the token is refused or missing: {_first_line(error)}"
+        ) from error
     except (ConnectionError, TimeoutError) as error:
         raise UserError(
             f"ray.address = {config.address!r}: no Ray cluster found there: {_first_line(error)}"
@@ -85,6 +102,36 @@ def ray_session(config: RayConfig, verbose: bool = False) -> Iterator[None]:
         ray.shutdown()
         if own:
             _reap(started)
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A Ray that is started in here listens on this machine's loopback only, and its token is nobody else's to read.
+
+    It is what Ray does by itself on macOS and Windows, where it takes no other nodes; its switch is read at import.
+    """
+    from ray._private import ray_constants
+
+    name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+    said = os.environ.get(name)
+    _hide_token()
+    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        os.environ.pop(name)
+        if said is not None:
+            os.environ[name] = said
+        _hide_token()
+
+
+def _hide_token() -> None:
+    """Ray writes the token of an own Ray with the umask, for everybody on the machine to read."""
+    path = TOKEN_FILE.expanduser()
+    with contextlib.suppress(OSError):
+        if path.stat().st_mode & 0o077:
+            path.chmod(0o600)
 
 
 def _reap(processes: list[psutil.Process], patience_s: float = 8.0) -> None:

@@ -21,6 +21,8 @@ from sae_ray.errors import UserError
 S3 = "s3://"
 # No room, over quota, larger than the file system or `ulimit -f` allows.
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+# A file system without hard links.
+NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 
 # Settings of the driver that actors on other nodes need too. Credentials are no such setting: they are the nodes' own.
 AWS_SETTINGS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE")
@@ -40,6 +42,15 @@ class Storage(Protocol):
 
         Raises:
             UserError: no room, no permission, nothing there to write to; what was at `key` before is intact.
+        """
+
+    def commit(self, key: str, data: bytes, after: str | None = None) -> str:
+        """Write `key` if nobody else has since: it is not there yet, or still holds what has the SHA-256 `after`.
+
+        Returns the SHA-256 of `data`; there already, it is as good as written.
+
+        Raises:
+            UserError: like `write`, or somebody else has written there, whose content stays.
         """
 
     def read(self, key: str, sha256: str | None = None) -> bytes:
@@ -113,6 +124,19 @@ class LocalStorage:
         except OSError as error:
             raise UserError(f"{path}: cannot be written: {why_not_written(error)}") from error
 
+    def commit(self, key: str, data: bytes, after: str | None = None) -> str:
+        path, sha256 = self.path(key), hashlib.sha256(data).hexdigest()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if after is None and _create(path, data):
+                return sha256
+            held = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+            if held not in (after, sha256):
+                raise taken(str(path))
+            return _replace(path, [data])
+        except OSError as error:
+            raise UserError(f"{path}: cannot be committed: {why_not_written(error)}") from error
+
     def read(self, key: str, sha256: str | None = None) -> bytes:
         path = self.path(key)
         try:
@@ -153,6 +177,23 @@ class LocalStorage:
             raise UserError(f"{path}: cannot be removed: {error.strerror}") from error
 
 
+def _create(path: Path, data: bytes) -> bool:
+    """Whether `path` was made with this content; False if something is there, or nobody can tell."""
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."), path.name)
+    try:
+        _replace(temporary, [data])
+        os.link(temporary, path)  # unlike a rename, refused where there is a file: by the kernel, on NFS too
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno in NO_LINKS:
+            return False
+        raise
+    finally:
+        shutil.rmtree(temporary.parent, ignore_errors=True)
+    return True
+
+
 def _replace(path: Path, parts: Iterable[bytes | memoryview]) -> str:
     """Temporary file, fsync, rename. Returns the sha256."""
     digest = hashlib.sha256()
@@ -173,10 +214,18 @@ def _replace(path: Path, parts: Iterable[bytes | memoryview]) -> str:
     return digest.hexdigest()
 
 
-def check_hash(url: str, data: bytes, sha256: str | None) -> None:
+def check_hash(url: str, data: bytes, sha256: str | None, told: str = "the manifest says") -> None:
     """Raises UserError unless `data` is what was committed."""
     if sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != sha256:
-        raise UserError(f"{url}: is corrupt: sha256 {found[:12]}..., the manifest says {sha256[:12]}...")
+        raise UserError(f"{url}: is corrupt: sha256 {found[:12]}..., {told} {sha256[:12]}...")
+
+
+def taken(url: str) -> UserError:
+    """What is said of a commit that somebody else was faster with."""
+    return UserError(
+        f"{url}: somebody else has committed there since: two runs write to the same place; give one of them another "
+        "name, trainer.checkpoint_dir or folder"
+    )
 
 
 def why_not_written(error: OSError) -> str:

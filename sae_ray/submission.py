@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import ipaddress
 import os
 import re
 import tempfile
@@ -35,6 +34,7 @@ from rich.table import Table
 
 from sae_ray.config import RunConfig
 from sae_ray.errors import UserError
+from sae_ray.network import check_token
 from sae_ray.storage import is_s3
 
 CONFIG_FILE = "run.yaml"
@@ -274,20 +274,8 @@ def checked_address(address: str, trust_network: bool = False) -> str:
         raise UserError(f"--address {address}: expected the dashboard's, e.g. {DEFAULT_ADDRESS}")
     if parts.username or parts.password:
         raise UserError("--address: holds a password, which would stand in logs; set RAY_AUTH_TOKEN instead")
-    has_token = os.environ.get("RAY_AUTH_MODE") == "token"
-    if not (has_token or trust_network or _is_loopback(parts.hostname)):
-        raise UserError(
-            f"--address {address}: whoever reaches a Ray cluster without tokens can run code on it; set "
-            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or say --trust-network if nobody else reaches it"
-        )
+    check_token(parts.hostname, f"--address {address}", trust_network, "--trust-network")
     return address.rstrip("/")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _is_relative_path(value: Any) -> bool:

@@ -2,12 +2,13 @@
 
 `RunLog` writes `metrics.jsonl` (one object per logged step), TensorBoard scalars and `events.jsonl` (what was
 leased again, committed, judged and applied, and when). `Progress` shows the run on a terminal, or prints
-plain lines elsewhere. Gauges go to Ray's own metrics endpoint through `ray.util.metrics`.
+plain lines elsewhere, and keeps `status.json` for who looks from elsewhere. Gauges: measures.py.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +20,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from sae_ray.errors import printable
+from sae_ray.errors import RunInterrupted, UserError, printable
+from sae_ray.logs import redacted
+from sae_ray.status_file import StatusFile
 
+_log = logging.getLogger(__name__)
 PLAIN_INTERVAL_S = 10.0
 EVALUATION = "evaluation"  # the phase in which nothing is trained, so that only the judging's numbers move
 
@@ -57,7 +61,8 @@ class RunLog:
         self._metrics.flush()
 
     def event(self, kind: str, **fields: Any) -> None:
-        self._events.write(json.dumps({"time": round(time.time(), 3), "event": kind, **fields}) + "\n")
+        _log.info(kind, extra={"fields": {"event": fields}})
+        self._events.write(redacted(json.dumps({"time": round(time.time(), 3), "event": kind, **fields})) + "\n")
         self._events.flush()
 
     def close(self) -> None:
@@ -75,39 +80,6 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return rows
-
-
-class Gauges:
-    """`sae_ray_*` gauges and counters on Ray's metrics endpoint."""
-
-    # Fields of RunStatus that are exported.
-    NAMES = (
-        "step",
-        "fvu",
-        "l0",
-        "dead_fraction",
-        "trainer_tokens_per_s",
-        "producer_tokens_per_s",
-        "trainer_wait_s",
-        "blocks_held",
-        "blocks_leased",
-        "judge_queue",
-        "verdicts",
-        "verdicts_per_s",
-        "rewards_applied",
-    )
-
-    def __init__(self, run: str):
-        from ray.util.metrics import Gauge
-
-        self._gauges = {
-            name: Gauge(f"sae_ray_{name}", description=f"sae_ray: {name}", tag_keys=("run",)) for name in self.NAMES
-        }
-        for gauge in self._gauges.values():
-            gauge.set_default_tags({"run": run})
-
-    def set(self, name: str, value: float) -> None:
-        self._gauges[name].set(value)
 
 
 class RateMeter:
@@ -165,14 +137,22 @@ class RunStatus:
     verdicts_per_s: float | None = None
     rewards_applied: int = 0
     seconds_left: float | None = None
+    measures: dict[str, float] = field(default_factory=dict)  # see measures.py
     notes: list[str] = field(default_factory=list)
 
 
 class Progress:
     """Shows a `RunStatus`: a live panel on a terminal, one plain line every few seconds elsewhere."""
 
-    def __init__(self, name: str, status: RunStatus, console: Console | None = None, log: RunLog | None = None):
-        self._name = name
+    def __init__(
+        self,
+        name: str,
+        status: RunStatus,
+        console: Console | None = None,
+        log: RunLog | None = None,
+        file: StatusFile | None = None,
+    ):
+        self._name, self._file = name, file
         self._log = log
         self._status = status
         self._console = console or Console()
@@ -182,19 +162,25 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if self._console.is_terminal:
-            self._live = Live(self._panel(), console=self._console, refresh_per_second=4, transient=True)
+            self._live = Live(self.panel(), console=self._console, refresh_per_second=4, transient=True)
             self._live.__enter__()
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self._end_phase()
+        if self._file is not None:
+            stopped = isinstance(error, (RunInterrupted, KeyboardInterrupt))
+            self._file.show(self._status, "done" if error is None else "stopped" if stopped else "failed", _why(error))
+        if error is not None and not isinstance(error, RunInterrupted):
+            _log.error("the run ends: %s", error, exc_info=error)
         if self._live is not None:
             self._live.__exit__(None, None, None)
             self._live = None
 
     def say(self, message: str) -> None:
         """A line that stays."""
-        elapsed = _clock(time.monotonic() - self._started)
+        _log.info(message)
+        elapsed = clock(time.monotonic() - self._started)
         self._console.print(Text(f"[{elapsed}] {printable(message)}"), soft_wrap=True)
 
     def phase(self, name: str, detail: str = "") -> None:
@@ -212,8 +198,10 @@ class Progress:
         self._phase_started = now
 
     def refresh(self, force: bool = False) -> None:
+        if self._file is not None:
+            self._file.show(self._status)
         if self._live is not None:
-            self._live.update(self._panel())
+            self._live.update(self.panel())
             return
         now = time.monotonic()
         if force or now - self._last_line >= PLAIN_INTERVAL_S:
@@ -241,13 +229,14 @@ class Progress:
             ("queue", str(s.judge_queue)),
             ("verdicts", f"{s.verdicts} ({_number(s.verdicts_per_s, 1)}/s)"),
             ("rewards", str(s.rewards_applied)),
-            ("left", "-" if s.seconds_left is None else _clock(s.seconds_left)),
+            ("left", "-" if s.seconds_left is None else clock(s.seconds_left)),
         ]
         return [(label, value) for label, value in numbers if value != "-"]
 
-    def _panel(self) -> Group:
+    def panel(self, seconds: float | None = None) -> Group:
+        """What a terminal shows. seconds: since the run began; None: since this was made."""
         s = self._status
-        elapsed = f"   {_clock(time.monotonic() - self._started)}"
+        elapsed = f"   {clock(time.monotonic() - self._started if seconds is None else seconds)}"
         title = Text.assemble((f"{self._name} ", "bold"), (s.phase, "cyan"), f"  {s.detail}", (elapsed, "dim"))
         grid = Table.grid(padding=(0, 2))
         numbers = self._numbers()
@@ -261,10 +250,18 @@ class Progress:
         return Group(title, bar, steps, grid)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """M:SS or H:MM:SS."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes:02d}:{rest:02d}"
+
+
+def _why(error: BaseException | None) -> str:
+    if error is None:
+        return ""
+    said = " ".join(str(error).split())
+    return said if isinstance(error, (UserError, RunInterrupted)) else f"{type(error).__name__}: {said}"
 
 
 def _number(value: float | None, digits: int) -> str:

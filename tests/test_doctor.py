@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
+from s3_faults import S3Faults
+from s3_server import BUCKET, S3Server
 
 from sae_ray import doctor
 from sae_ray.config import RunConfig
 from sae_ray.doctor import Demand, Finding, demand, examine, print_findings
+from sae_ray.errors import UserError
 
 
 def config(tmp_path: Path, **sections: Any) -> RunConfig:
     return RunConfig.model_validate({
         "name": "x", "runs_dir": str(tmp_path), "hook": {"layer": 2}, "ray": {"local_cpus": 8}, **sections,
     })  # fmt: skip
+
+
+@pytest.fixture
+def s3() -> Iterator[S3Server]:
+    running = S3Server()
+    yield running
+    running.stop()
 
 
 def of(found: list[Finding], what: str) -> Finding:
@@ -30,6 +41,13 @@ def test_on_the_machine_that_runs_the_tests_nothing_fails(tmp_path: Path) -> Non
     assert not [each for each in found if each.state == "failure"]
     assert "ray" in of(found, "packages").told
     assert of(found, "model, hooks, corpus").state == "ok"
+
+
+def test_it_leaves_nothing_behind(tmp_path: Path) -> None:
+    runs, checkpoints = tmp_path / "runs", tmp_path / "disk" / "checkpoints"
+    found = examine(config(tmp_path, runs_dir=str(runs), trainer={"checkpoint_dir": str(checkpoints)}))
+    assert of(found, "run folder").state == of(found, "trainer.checkpoint_dir").state == "ok"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_each_thing_that_is_wrong_is_found_in_one_go(tmp_path: Path) -> None:
@@ -68,6 +86,23 @@ def test_a_token_mode_without_a_token_would_fail(monkeypatch: pytest.MonkeyPatch
     told = of(list(doctor._ray()), "Ray's token")
     assert told.state == "ok"
     assert "secret-of-mine" not in told.told
+
+
+def test_a_bucket_is_written_read_and_left_as_it_was(monkeypatch: pytest.MonkeyPatch, s3: S3Server) -> None:
+    for key, value in s3.settings.items():
+        monkeypatch.setenv(key, value)
+    place, key = f"s3://{BUCKET}/run", "trainer.checkpoint_dir"
+    doctor._check_bucket(place, key)
+    assert s3.keys() == []
+    # An endpoint that does not mind conditions: two runs that write there would not notice each other.
+    with S3Faults(s3.settings["AWS_ENDPOINT_URL"], dropped_headers=("If-None-Match",)) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        with pytest.raises(UserError, match=r"^trainer\.checkpoint_dir = s3://runs/run: the endpoint ignores If-None-"):
+            doctor._check_bucket(place, key)
+    assert s3.keys() == []
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3.settings["AWS_ENDPOINT_URL"])
+    with pytest.raises(UserError, match="there is no such bucket"):
+        doctor._check_bucket("s3://no-such-bucket/run", key)
 
 
 def test_a_check_that_breaks_is_a_failure_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 import time
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from small_saes import small_sae
 
+import sae_ray
 from sae_ray import cli
 from sae_ray.config_file import load_config, parse_config
 from sae_ray.errors import UserError, printable
@@ -153,3 +156,16 @@ def test_a_tensor_that_is_not_what_it_looks_like_is_refused(tensor, said, tmp_pa
     torch.save({**tensors, "encoder.weight": tensor}, home / "ae.pt")
     with pytest.raises(UserError, match=said):
         import_sae(home)
+
+
+def test_every_file_and_every_test_that_security_md_names_is_there():
+    tests, code = Path(__file__).parent, Path(sae_ray.__file__).parent
+    text = (tests.parent / "SECURITY.md").read_text()
+    named = re.findall(r"`([\w/]+\.py)(?:::(test_\w+)(\.\.\.)?)?`", text)
+    assert len(named) > 60
+    for path, test, cut in named:
+        file = tests / path if "test_" in path else next(iter(sorted(code.rglob(Path(path).name))), tests.parent / path)
+        assert file.is_file(), path
+        if test:
+            known = re.findall(r"def (test_\w+)", file.read_text())
+            assert any(each.startswith(test) if cut else each == test for each in known), f"{path}::{test}"

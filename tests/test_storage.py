@@ -82,6 +82,37 @@ def test_a_missing_file_is_named(storage: Storage) -> None:
         storage.read("no/such.bin")
 
 
+def test_of_commits_to_one_key_only_those_that_know_what_is_there_count(storage: Storage) -> None:
+    first = storage.commit("manifest.json", b"first")
+    assert storage.commit("manifest.json", b"first") == first
+    with pytest.raises(UserError, match=r"manifest\.json: somebody else has committed there"):
+        storage.commit("manifest.json", b"second")
+    second = storage.commit("manifest.json", b"second", after=first)
+    with pytest.raises(UserError, match="somebody else has committed there"):
+        storage.commit("manifest.json", b"third", after=first)
+    assert storage.read("manifest.json", second) == b"second"
+    assert storage.list() == ["manifest.json"]
+
+
+def test_of_commits_at_once_one_counts(storage: Storage) -> None:
+    refused = []
+
+    def commit(data: bytes) -> None:
+        try:
+            storage.commit("manifest.json", data)
+        except UserError:
+            refused.append(data)
+
+    contents = [bytes([i]) * 1000 for i in range(8)]
+    threads = [threading.Thread(target=commit, args=(data,)) for data in contents]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(refused) == 7
+    assert storage.read("manifest.json") in set(contents) - set(refused)
+
+
 def test_two_writers_at_once_leave_one_whole_file(storage: Storage) -> None:
     contents = [bytes([i]) * 100_000 for i in range(8)]
     threads = [threading.Thread(target=storage.write, args=("same.bin", data)) for data in contents]

@@ -210,6 +210,7 @@ def test_another_machine_is_not_talked_to_without_a_token(monkeypatch: pytest.Mo
         checked_address("http://10.0.0.1:8265")
     assert checked_address("http://10.0.0.1:8265", trust_network=True)
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "f" * 64)
     assert checked_address("https://ray.example.org")
 
 

@@ -34,6 +34,7 @@ def gauge($name): "max by (run) (ray_sae_ray_\($name)\(of_run))";
 def level($name): "max by (run, role) (ray_sae_ray_pool_\($name)\(of_judge))";
 def total($name): "sum by (run, role) (ray_sae_ray_pool_\($name)\(of_judge))";
 def rate($name): "sum by (run, role) (rate(ray_sae_ray_pool_\($name)_total\(of_judge)[$__rate_interval]))";
+def s3($name): "sum by (run) (rate(ray_sae_ray_s3_\($name)_total\(of_run)[$__rate_interval]))";
 def quantile($q):
   "histogram_quantile(\($q), sum by (run, role, le) "
   + "(rate(ray_sae_ray_pool_call_seconds_bucket\(of_judge)[$__rate_interval])))";
@@ -70,7 +71,53 @@ def variable($name; $title; $metric; $of):
     [series(gauge("judge_queue"); run(""))]),
   panel("Verdicts per second"; "As the desk counts them, and over ten minutes."; "none"; null;
     [series(gauge("verdicts_per_s"); run("")),
-     series("max by (run) (deriv(ray_sae_ray_verdicts\(of_run)[10m]))"; run(" over 10 min"))])])
+     series("max by (run) (deriv(ray_sae_ray_verdicts\(of_run)[10m]))"; run(" over 10 min"))]),
+  panel("Whose time goes by"; "Trainer: share of the last minute spent waiting for blocks. Producers: share spent on blocks.";
+    "percentunit"; 1;
+    [series(gauge("trainer_wait_share"); run(" trainer waits")),
+     series(gauge("producer_busy_share"); run(" producers work"))]),
+  panel("Producers"; "Idle: ready, and no block is up for a lease."; "none"; null;
+    [series(gauge("producers_ready"); run(" ready")), series(gauge("producers_starting"); run(" starting")),
+     series(gauge("producers_idle"); run(" idle"))]),
+  panel("Age of the oldest lease and window"; "A lease: since its producer began. A window: since the ranks have it.";
+    "s"; null;
+    [series(gauge("oldest_lease_s"); run(" lease")), series(gauge("oldest_window_s"); run(" window"))]),
+  panel("Windows in flight"; "Handed to the ranks and not trained."; "none"; null;
+    [series(gauge("windows_in_flight"); run(""))]),
+  panel("Training waits for"; "Seconds per second, over ten minutes: a save that is still being written, a judging round.";
+    "percentunit"; null;
+    [series("max by (run) (deriv(ray_sae_ray_save_wait_s\(of_run)[10m]))"; run(" a save")),
+     series("max by (run) (deriv(ray_sae_ray_round_wait_s\(of_run)[10m]))"; run(" a round"))]),
+  panel("Steps per second, as the run counts them"; "Over half a minute, without waits for rounds."; "none"; null;
+    [series(gauge("steps_per_s"); run(""))])])
++ row("Faults and commits"; [
+  panel("Restarts"; "Generation: how often the trainer group was built again."; "none"; null;
+    [series(gauge("generation"); run(" generation")), series(gauge("producer_restarts"); run(" producers"))]),
+  panel("Blocks once more"; "Leases that were issued again; blocks that came twice and were dropped."; "none"; null;
+    [series(gauge("blocks_reissued"); run(" reissued")), series(gauge("blocks_duplicate"); run(" duplicate"))]),
+  panel("Steps that a failure would cost"; "Trained since the last commit."; "none"; null;
+    [series(gauge("uncommitted_steps"); run(""))]),
+  panel("Commits"; "Age of the last one, and of the save that is being written."; "s"; null;
+    [series(gauge("commit_age_s"); run(" last commit")), series(gauge("save_age_s"); run(" save"))]),
+  panel("S3 requests per second"; "Of all processes of the run, and what of them were retries."; "none"; null;
+    [series(s3("requests"); run("")), series(s3("retries"); run(" retries"))]),
+  panel("S3 bytes per second"; "Read and written."; "Bps"; null;
+    [series(s3("read_bytes"); run(" read")), series(s3("written_bytes"); run(" written"))]),
+  panel("Seconds of an S3 action"; "95% of them took less, retries included."; "s"; null;
+    [series("histogram_quantile(0.95, sum by (run, action, le) "
+      + "(rate(ray_sae_ray_s3_seconds_bucket\(of_run)[$__rate_interval])))"; "{{run}} {{action}}")]),
+  panel("S3 objects that were refused"; "Corrupt: torn, or not what was committed. Unconditional: commits where the "
+    + "endpoint knows no conditions, so that two runs would not notice each other."; "none"; null;
+    [series(s3("corrupt"); run(" corrupt")), series(s3("unconditional"); run(" unconditional"))])])
++ row("Age of judgements"; [
+  panel("Age of rewards"; "Steps trained since the applied rewards were judged."; "none"; null;
+    [series(gauge("reward_age_steps"); run(""))]),
+  panel("Open round"; "Steps trained since it was asked for, and rounds applied."; "none"; null;
+    [series(gauge("round_steps_ahead"); run(" steps ahead")), series(gauge("rounds_done"); run(" rounds done"))]),
+  panel("Age of verdicts"; "Round: since it was asked for. Verdict: since the last one, while some are waited for. Backlog: "
+    + "since nothing waited."; "s"; null;
+    [series(gauge("round_age_s"); run(" round")), series(gauge("verdict_age_s"); run(" verdict")),
+     series(gauge("judge_backlog_s"); run(" backlog"))])])
 + row("Judge pool"; [
   panel("Replicas"; "Running, per role."; "none"; null; [series(level("replicas"); judge(""))]),
   panel("Replicas' time";

@@ -9,6 +9,7 @@ from typing import Any
 import ray
 import torch
 
+from sae_ray import logs
 from sae_ray.activations.block import Block
 from sae_ray.activations.store import ActivationStore
 from sae_ray.activations.subject import SubjectLM, load_tokenizer
@@ -23,6 +24,7 @@ class ActivationProducer:
     def __init__(self, config_json: str) -> None:
         # Loading waits for `ready`: an error raised here would reach the driver as the death of an actor.
         self._cfg = RunConfig.model_validate_json(config_json)
+        logs.start_actor(self._cfg, "producer")
         self._subject: SubjectLM | None = None
         self._reader: BlockReader | None = None
         self._store: ActivationStore | None = None

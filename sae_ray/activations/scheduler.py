@@ -151,6 +151,11 @@ class BlockScheduler:
     def n_held(self) -> int:
         return len(self._held)
 
+    def oldest_lease_s(self, now: float) -> float:
+        """How long ago the oldest lease was given, or its worker was done with the one before; 0 for none."""
+        ends = min((min(leases.values()) for leases in self._deadlines.values() if leases), default=None)
+        return 0.0 if ends is None else max(0.0, now - (ends - self.lease_timeout_s))
+
     @property
     def n_leased(self) -> int:
         return len(self._leased)

@@ -10,6 +10,7 @@ window and the mixing are those of a live run, so the losses are too, to the las
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
@@ -67,6 +68,7 @@ class ActivationStore:
         self.columns = {hook: (first, last) for hook, (first, last) in index["columns"].items()}
         self.dtype: str = index["dtype"]
         self.chunks: dict[str, dict[str, Any]] = index["chunks"]
+        self._committed: str | None = None  # SHA-256 of the index as it was read or written last
 
     @classmethod
     def open(cls, uri: str) -> ActivationStore:
@@ -77,14 +79,18 @@ class ActivationStore:
                 f"{uri}: holds no activation store (no {INDEX}); `sae-ray store CONFIG --to {uri}` makes one"
             )
         try:
-            index = json.loads(storage.read(INDEX))
+            data = storage.read(INDEX)
+            index = json.loads(data)
             if index["format"] != FORMAT:
                 raise UserError(f"{storage.url(INDEX)}: has format {index['format']}, this version reads {FORMAT}")
-            return cls(uri, index)
+            store = cls(uri, index)
+            store._committed = hashlib.sha256(data).hexdigest()
+            return store
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{storage.url(INDEX)}: is not the index of an activation store") from error
 
     def write_index(self) -> None:
+        """Raises UserError: it cannot be written, or another writer has since."""
         index = {
             "format": FORMAT,
             "settings": self.settings,
@@ -92,7 +98,8 @@ class ActivationStore:
             "dtype": self.dtype,
             "chunks": dict(sorted(self.chunks.items())),
         }
-        self.storage.write(INDEX, json.dumps(index, indent=1).encode())
+        data = json.dumps(index, indent=1).encode()
+        self._committed = self.storage.commit(INDEX, data, after=self._committed)
 
     # -- does it fit a run ------------------------------------------------------------------------------
 

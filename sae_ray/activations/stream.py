@@ -279,7 +279,8 @@ class BlockStream:
 
     def counters(self) -> dict[str, Any]:
         """tokens_per_s (all producers, last 30 s; None at first), held, leased, blocks, tokens, duplicates,
-        reissued, restarts, and the producers' summed seconds, corpus_seconds and forward_seconds."""
+        reissued, restarts, how many producers are ready, starting and idle (with room for a lease), and the producers'
+        summed seconds, corpus_seconds and forward_seconds."""
         now = time.monotonic()
         while self._recent and self._recent[0][0] < now - _RATE_SPAN_S:
             self._recent_tokens -= self._recent.popleft()[1]
@@ -293,9 +294,16 @@ class BlockStream:
             "held": self._scheduler.n_held,
             "leased": self._scheduler.n_leased,
             "restarts": self._restarts,
+            "ready": len(self._producers) - len(self._starting),
+            "starting": len(self._starting),
+            "idle": len(self._roomy),
             **self._totals,
             **self._seconds,
         }
+
+    def oldest_lease_s(self, now: float) -> float:
+        """How long ago the oldest lease was given (looks at all: not for every block)."""
+        return self._scheduler.oldest_lease_s(now)
 
     # -- inside -----------------------------------------------------------------------------------------
 

@@ -62,6 +62,9 @@ class JudgeConfig(Section):
     api_key_env: str | None = Field(
         None, description="environment variable that holds the key for judge.endpoint; the key itself stands nowhere"
     )
+    trust_network: bool = Field(
+        False, description="send the key to another machine over plain http://, though others may read it there"
+    )
     dtype: Dtype = "auto"
     quantization: str | None = Field(None, description="vLLM's name of the model's quantisation, e.g. awq, fp8")
     lora: dict[str, str] = Field(default_factory=dict, description="LoRA adapters by name: folder or Hugging Face id")

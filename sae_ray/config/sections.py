@@ -23,6 +23,9 @@ class RayConfig(Section):
         "local",
         description="local (own Ray), auto (join the one on this machine), host:port, ray://host:port",
     )
+    trust_network: bool = Field(
+        False, description="join a cluster on another machine without a token, though others may reach it"
+    )
     local_cpus: Positive | None = Field(None, description="logical CPUs of an own Ray; null counts the machine's")
     object_store_mb: Positive | None = Field(
         None, description="object store of an own Ray, MiB; null takes Ray's default"

@@ -11,12 +11,14 @@ from typing import Any
 import ray
 import torch
 
+from sae_ray import logs
 from sae_ray.activations.block import Block
 from sae_ray.config import RunConfig
 from sae_ray.corpus.reader import TokenBlock
 from sae_ray.errors import UserError
 from sae_ray.evaluation.core import PlacedSAE, ce_recovered, core_metrics
 from sae_ray.evaluation.detection import measure_detection
+from sae_ray.judge.pool import PoolWatch
 from sae_ray.judge.roles import SCORER, judges_of
 from sae_ray.reward.bank import VerdictBank
 from sae_ray.reward.pool_judge import HELDOUT, PoolJudge
@@ -86,15 +88,18 @@ class Evaluator:
     def __init__(self, config_json: str, keys: Mapping[str, str] | None = None):
         os.environ.update(keys or {})
         self.config = RunConfig.model_validate_json(config_json)
+        logs.start_actor(self.config, "evaluator")
         torch.set_num_threads(self.config.evaluation.threads)
         self.saes = find_saes(self.config)
         variants = self.config.specs()
         self.versions = {name: placed.sae for name, placed in self.saes.items() if name not in variants}
         self._doing = "loading"
         self._judges: list[PoolJudge] = []
+        self._watch = PoolWatch(self.config)
 
     def progress(self) -> dict[str, Any]:
         """What it is at (`detail`), and the judging's live counters."""
+        self._watch.look()
         return {"detail": self._doing, **together([judge.progress() for judge in self._judges])}
 
     async def core(self, heldout: list[ray.ObjectRef]) -> dict[str, dict[str, Any]]:

@@ -10,6 +10,7 @@ import ray
 from rich.console import Console
 from rich.table import Table
 
+from sae_ray import logs
 from sae_ray.activations.stream import BlockStream
 from sae_ray.config import RunConfig
 from sae_ray.errors import RunInterrupted, UserError
@@ -31,7 +32,7 @@ def evaluate_run(config: RunConfig, verbose: bool = False) -> None:
     status = RunStatus(total_steps=1)
     progress = Progress(config.name, status)
     stream, judge = BlockStream(config), JudgePool(without_heldout(config), config.ray.address == "local")
-    with Interrupt() as interrupt, progress, ray_session(config.ray, verbose):
+    with logs.driver(config), Interrupt() as interrupt, progress, ray_session(config.ray, verbose):
         try:
             progress.phase("starting", "producers")
             stream.start()

@@ -24,7 +24,7 @@ from sae_ray.storage import aws_environment
 _MODEL_ID = "judge"
 # Ray Serve LLM names a deployment `<server class>:<model id>`.
 _DEPLOYMENT = f"JudgeServer:{_MODEL_ID}"
-_QUIET = {"log_level": "WARNING", "enable_access_log": False}
+_QUIET = {"encoding": "JSON", "log_level": "WARNING", "enable_access_log": False}
 _GIB = 1 << 30
 # vLLM's CPU backend caches prefixes in blocks of 128 tokens unless told otherwise; judged texts are shorter.
 # 16 is refused.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any, ClassVar, Literal, Unpack
@@ -267,7 +268,8 @@ class EndpointClient(Judge):
                 f"in /v1), and judge.endpoint_model ({self._model})? It says: {said}"
             )
         if status in _BUSY:
-            raise PutOff(f"HTTP {status}: {said}", float(after) if after.isdigit() else 0.0)
+            # As seconds; a date, or a digit that is none of ours, is as good as nothing.
+            raise PutOff(f"HTTP {status}: {said}", float(after) if re.fullmatch(r"[0-9]{1,6}", after) else 0.0)
         if 300 <= status < 400:
             raise UserError(
                 f"judge.endpoint {self._base} redirects elsewhere (HTTP {status}); name that address itself"

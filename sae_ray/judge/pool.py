@@ -6,7 +6,9 @@ Judges whose deployed settings are equal share one application, and with it its 
 from __future__ import annotations
 
 import json
+import logging
 import os
+import threading
 import time
 from typing import Any
 
@@ -19,6 +21,8 @@ from sae_ray.judge.endpoint import EndpointClient
 from sae_ray.judge.metrics import PoolMetrics
 from sae_ray.judge.roles import Role, deployed, judges_of
 from sae_ray.judge.verdict_cache import VerdictCache
+
+_log = logging.getLogger(__name__)
 
 
 class JudgePool:
@@ -133,6 +137,38 @@ class JudgePool:
 
     def _distinct(self) -> list[JudgeApp]:
         return list({id(app): app for app in self._apps.values()}.values())
+
+
+class PoolWatch:
+    """Exports how many replicas each judge has, for as long as somebody goes on calling `look`.
+
+    Serve is asked by a thread: its controller may be slow or gone, and whoever looks has other things to do.
+    """
+
+    EVERY_S = 15.0
+
+    def __init__(self, config: RunConfig):
+        self._config = config
+        self._pool: JudgePool | None = None
+        self._asked = -self.EVERY_S
+        self._thread: threading.Thread | None = None
+
+    def look(self) -> None:
+        """Returns at once."""
+        now = time.monotonic()
+        busy = self._thread is not None and self._thread.is_alive()
+        if busy or now - self._asked < self.EVERY_S or not ray.is_initialized():
+            return
+        self._asked = now
+        self._thread = threading.Thread(target=self._ask, daemon=True)
+        self._thread.start()
+
+    def _ask(self) -> None:
+        try:
+            self._pool = self._pool or JudgePool(self._config)
+            self._pool.status()
+        except Exception as error:  # Serve's own; a gauge that stands still is no reason to end a run
+            _log.warning("Serve does not say how many replicas judges have: %s", error)
 
 
 def endpoint_keys(config: RunConfig) -> dict[str, str]:

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import re
 from typing import TYPE_CHECKING, Any, Literal, get_args
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ValidationError
+
+from sae_ray.network import is_loopback
 
 if TYPE_CHECKING:
     from sae_ray.config import JudgeConfig, RunConfig
@@ -17,7 +20,10 @@ Role = Literal["scorer", "explainer", "heldout"]
 SCORER: Role = "scorer"
 ROLES: tuple[Role, ...] = get_args(Role)
 # Keys that one caller decides for itself: judges that differ in nothing else are one application.
-_CALLERS_OWN = {"mode", "adapter", "deadline_s", "max_attempts", "max_in_flight", "calibration", "context_tokens"}
+_CALLERS_OWN = {
+    *("mode", "adapter", "deadline_s", "max_attempts", "max_in_flight", "calibration", "context_tokens"),
+    "trust_network",
+}
 # Texts are cut once for all judges of a run.
 _SHARED = ("context_tokens",)
 # Engine arguments that this package decides, and the key of `judge` that does it.
@@ -92,6 +98,13 @@ def check_judge(cfg: JudgeConfig) -> None:
             raise ValueError(f"judge.{key} is for judge.endpoint, which is not set")
     if cfg.api_key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", cfg.api_key_env):
         raise ValueError("judge.api_key_env is no name of an environment variable; it must not be the key itself")
+    if cfg.api_key_env is not None and cfg.endpoint is not None and not cfg.trust_network:
+        parts = urlsplit(cfg.endpoint)
+        if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
+            raise ValueError(
+                f"judge.endpoint {cfg.endpoint}: would send the key of judge.api_key_env unencrypted to another "
+                "machine; use https://, or set judge.trust_network: true if nobody else can listen"
+            )
     if cfg.s3_mirror is not None and not re.fullmatch(r"s3://[^/\s]+(/\S*)?", cfg.s3_mirror):
         raise ValueError(f"judge.s3_mirror {cfg.s3_mirror!r}: expected s3://bucket/prefix")
     if cfg.adapter is not None and cfg.adapter not in cfg.lora:

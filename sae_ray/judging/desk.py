@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from sae_ray import logs
 from sae_ray.activations.subject import load_tokenizer
 from sae_ray.config import RunConfig
 from sae_ray.errors import UserError
@@ -27,7 +28,7 @@ from sae_ray.judge.embedder import RemoteEmbedder
 from sae_ray.judge.explainers import explainers
 from sae_ray.judge.explainers.base import Explanation
 from sae_ray.judge.metrics import added
-from sae_ray.judge.pool import JudgePool
+from sae_ray.judge.pool import JudgePool, PoolWatch
 from sae_ray.judge.prompts import Mode
 from sae_ray.judge.roles import Role
 from sae_ray.judge.scorers import scorers
@@ -57,6 +58,7 @@ class JudgingDesk:
     ):
         os.environ.update(keys or {})
         self.config = RunConfig.model_validate_json(config_json)
+        logs.start_actor(self.config, "judging")
         self.storage = LocalStorage(self.config.run_dir)
         tokenizer = load_tokenizer(self.config.model)
         self.evidence: dict[str, EvidenceSet] = {
@@ -73,6 +75,7 @@ class JudgingDesk:
         }
         self._drift: DriftCheck | None = None
         self._parse_failures = 0
+        self._watch = PoolWatch(self.config)
         self._state = "starting"
 
     def judged(self) -> dict[str, list[int]]:
@@ -127,6 +130,7 @@ class JudgingDesk:
         }
 
     def progress(self) -> dict[str, Any]:
+        self._watch.look()
         return {"state": self._state, **self.usage()}
 
     def usage(self) -> dict[str, float]:

@@ -21,6 +21,7 @@ from typing import Any
 import ray
 from rich.console import Console
 
+from sae_ray import logs
 from sae_ray.activations.stream import BlockStream
 from sae_ray.config import RunConfig
 from sae_ray.errors import RunInterrupted, UserError
@@ -174,7 +175,12 @@ def judge_sae(
     began = time.monotonic()
     stream, pool = BlockStream(config, train_blocks=0), JudgePool(config, config.ray.address == "local")
     actors: list[Any] = []
-    with Interrupt() as interrupt, JudgingProgress(config.name, console) as progress, ray_session(config.ray, verbose):
+    with (
+        logs.driver(config),
+        Interrupt() as interrupt,
+        JudgingProgress(config.name, console) as progress,
+        ray_session(config.ray, verbose),
+    ):
         try:
             sae = ray.put(target.sae)
             actors += [_actor(EmbedderActor, config.judging.embedder)] if needs_embedder else []

@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 import ray
 
+from sae_ray import logs
 from sae_ray.config import RunConfig
 from sae_ray.errors import UserError
 from sae_ray.judge.drift import DriftReport
+from sae_ray.judge.pool import PoolWatch
 from sae_ray.reward.applied import AppliedRound, AppliedRounds
 from sae_ray.reward.bank import VerdictBank
 from sae_ray.reward.carried import CarriedOver
@@ -38,7 +40,7 @@ from sae_ray.reward.evidence import (
 )
 from sae_ray.reward.history import UnitRows
 from sae_ray.reward.parts import OF_ROWS, OF_WHOLE_DECODER, Outcome, RewardParts
-from sae_ray.reward.pool_judge import HELDOUT, PoolJudge
+from sae_ray.reward.pool_judge import HELDOUT, PoolJudge, without_heldout
 from sae_ray.reward.rounds import Candidate, Choice, compete, detect, rewards_of
 from sae_ray.reward.verdict_cut import at_own_cuts
 from sae_ray.reward.watch import held_out_scores, told, watch
@@ -69,6 +71,7 @@ class RewardDesk:
     def __init__(self, config_json: str, keys: Mapping[str, str] | None = None, steering: Any = None):
         os.environ.update(keys or {})
         self.config = RunConfig.model_validate_json(config_json)
+        logs.start_actor(self.config, "desk")
         self.judge = PoolJudge(self.config)
         # Only an alarm that is asked for reads its verdicts before the evaluation.
         self.heldout = PoolJudge(self.config, HELDOUT) if self.config.rlaif.alarms.asks_held_out else None
@@ -77,6 +80,7 @@ class RewardDesk:
         self.applied = AppliedRounds(LocalStorage(self.config.run_dir))
         self._last: AppliedRound | None = None  # judged last, and not necessarily applied yet
         self.carried = CarriedOver(self.config.rlaif, LocalStorage(self.config.run_dir))
+        self._watch = PoolWatch(self.config if self.heldout is not None else without_heldout(self.config))
         self._state = "starting"
         self._explanations: dict[int, Candidate] = {}
         for row in self.bank.read():
@@ -116,6 +120,7 @@ class RewardDesk:
             UserError: the judge has changed since it was calibrated, answers nothing, or no latent could be judged.
         """
         began = time.monotonic()
+        logs.bind(step=step, round=number)
         # Straight after a calibration there is nothing to find.
         fresh = number == 0 and not self.judge.judge.on_file
         drift = None if fresh else await self.judge.check_drift()
@@ -186,6 +191,7 @@ class RewardDesk:
 
     def progress(self) -> dict[str, Any]:
         """Live counters of the judging: queue, verdicts, verdicts per second while judging."""
+        self._watch.look()
         return {"state": self._state, **self.judge.progress()}
 
     async def _latents_of_round(

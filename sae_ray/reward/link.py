@@ -40,6 +40,8 @@ class _OpenRound:
     number: int
     ref: ray.ObjectRef
     deadline: Deadline
+    step: int
+    began: float
 
 
 class DeskLink:
@@ -64,6 +66,16 @@ class DeskLink:
     @property
     def round_open(self) -> bool:
         return self._round is not None
+
+    @property
+    def round_age_s(self) -> float:
+        """Since the open round was asked for; 0 for none."""
+        return time.monotonic() - self._round.began if self._round is not None else 0.0
+
+    @property
+    def round_step(self) -> int:
+        """What the trainer had reached when the open round was asked for; 0 for none."""
+        return self._round.step if self._round is not None else 0
 
     def start(self) -> None:
         """Asks for judges, a desk and what it needs; returns at once. Training goes on while they come up."""
@@ -130,7 +142,7 @@ class DeskLink:
         """Requests a round on the SAE as the ranks hold it after `step`."""
         ref = self._desk.judge_round.remote(number, step, ranks, evidence)
         deadline = Deadline(self._config.rlaif.round_timeout_s, f"judging round {number}")
-        self._round = _OpenRound(number, ref, deadline)
+        self._round = _OpenRound(number, ref, deadline, step, time.monotonic())
 
     def keep(self, number: int, at_step: int) -> None:
         """The desk writes the rewards of a round that has been applied; returns when they are on disk.

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sae_ray import logs
 from sae_ray.activations.hooks import HookPoint, hook_point
 from sae_ray.activations.subject import check_hooks, load_full_model, load_tokenizer
 from sae_ray.config import RunConfig
@@ -115,6 +116,7 @@ class SteeringModel:
 
     def __init__(self, config_json: str, device: str | None = None, threads: int | None = None) -> None:
         self._cfg = RunConfig.model_validate_json(config_json)
+        logs.start_actor(self._cfg, "steering")
         self._device, self._threads = device, threads
         self._lock = threading.Lock()
         self._model: Any = None

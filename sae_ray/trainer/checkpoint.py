@@ -74,9 +74,13 @@ def begin(folder: str | Path) -> None:
 
 
 def commit(folder: str | Path, manifest: dict[str, Any]) -> None:
-    """Writes the manifest: from here on the checkpoint counts."""
+    """Writes the manifest: from here on the checkpoint counts.
+
+    Raises:
+        UserError: it cannot be written, or another run has committed this step here since `begin`.
+    """
     data = json.dumps({"format": FORMAT, **manifest}, indent=1, sort_keys=True)
-    open_storage(folder).write(MANIFEST, data.encode())
+    open_storage(folder).commit(MANIFEST, data.encode())
 
 
 def manifest_of(cfg: RunConfig, d_in: int, reports: list[dict[str, Any]], about: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ class _Flight:
     ends_window: bool
     pending: list[ray.ObjectRef]
     deadline: float
+    began: float
     results: list[WindowResult] = field(default_factory=list)
 
 
@@ -62,8 +63,13 @@ class WindowPipeline:
         refs = self._group.train_window(window, start, blocks, steps)
         self.cursor = next_cursor(window, start + steps, n_batches)
         self.step += steps
-        deadline = time.monotonic() + self._config.trainer.step_timeout_s * (1 + len(self._flights))
-        self._flights.append(_Flight(window, self.cursor.window > window, refs, deadline))
+        now = time.monotonic()
+        deadline = now + self._config.trainer.step_timeout_s * (1 + len(self._flights))
+        self._flights.append(_Flight(window, self.cursor.window > window, refs, deadline, now))
+
+    def oldest_s(self, now: float) -> float:
+        """Age of the oldest window that was handed over and is not trained; 0 for none."""
+        return now - self._flights[0].began if self._flights else 0.0
 
     def pending_refs(self) -> list[ray.ObjectRef]:
         """Of the oldest window: windows are reported in order, also when a late look finds several trained."""

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from sae_ray import logs
 from sae_ray.activations.block import Block
 from sae_ray.config import RunConfig
 from sae_ray.errors import UserError
@@ -60,6 +61,7 @@ class WindowResult:
 class TrainerRank:
     def __init__(self, config_json: str, widths: dict[str, int]):
         cfg = RunConfig.model_validate_json(config_json)
+        logs.start_actor(cfg, "rank")
         torch.set_num_threads(cfg.trainer.threads)
         torch.manual_seed(cfg.seed)  # a process's own seed is random, and the generator's state is saved
         self.cfg, self.widths, self.specs = cfg, widths, cfg.specs()
@@ -88,6 +90,7 @@ class TrainerRank:
     def join(self, address: str, port: int, rank: int, world: int, generation: int) -> int:
         """Enters the process group of `world` ranks; returns when all have."""
         self.generation = generation
+        logs.bind(generation=generation, rank=rank)
         if world == 1:
             mesh = Mesh.alone(self._device)
         else:
@@ -149,6 +152,7 @@ class TrainerRank:
         batches = window_batches(window, n_tokens, self.cfg.trainer.batch_tokens, self.cfg.seed)
         todo = batches[start_batch : None if max_steps is None else start_batch + max_steps]
         first_step = self.copies["main"].steps_done
+        logs.bind(step=first_step)
         main_credit = self.credit if self.credit is None or self._hold is None else self._hold.held(self.credit)
         for index_B in todo:
             low, high = self.mesh.rows(len(index_B))

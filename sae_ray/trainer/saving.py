@@ -95,6 +95,10 @@ class Saving:
     _written: dict[int, dict[str, Any]] = field(default_factory=dict)
     _asked: dict[ray.ObjectRef, int] = field(default_factory=dict)
 
+    @property
+    def age_s(self) -> float:
+        return time.monotonic() - self._began
+
     def pending_refs(self) -> list[ray.ObjectRef]:
         return list(self._asked)
 

@@ -132,6 +132,17 @@ def test_the_steps_of_a_store_are_counted_exactly_and_a_longer_run_is_refused(tm
         store.check_enough(config(trainer={"steps": steps + 1}))
 
 
+def test_of_two_that_write_one_store_the_later_is_told(tmp_path):
+    first = write_store(tmp_path, [block(0)])
+    second = ActivationStore.open(str(tmp_path))
+    first.chunks["train/1"] = first.chunks[chunk_key("train", 0)]
+    first.write_index()
+    first.write_index()
+    with pytest.raises(UserError, match=r"index\.json: somebody else has committed there"):
+        second.write_index()
+    assert "train/1" in ActivationStore.open(str(tmp_path)).chunks
+
+
 def test_blocks_behind_a_gap_do_not_count(tmp_path):
     store = write_store(tmp_path, [block(0), block(1), block(3)])
     assert store.train_blocks == 2

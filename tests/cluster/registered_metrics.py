@@ -6,7 +6,8 @@ import pytest
 from ray.util import metrics
 
 from sae_ray.judge.metrics import PoolMetrics
-from sae_ray.telemetry import Gauges
+from sae_ray.measures import Gauges
+from sae_ray.s3_traffic import S3Metrics
 
 # How Ray's agent names what an application calls NAME: a prefix, and what Prometheus adds to the kinds.
 PREFIX = "ray_"
@@ -33,6 +34,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[str, tuple[st
         monkeypatch.setattr(metrics, kind, type(kind, (Recorded,), {"made": made}))
     Gauges("run")
     PoolMetrics("run", "scorer")
+    S3Metrics("run")
     return made
 
 

@@ -274,7 +274,7 @@ def test_a_role_takes_over_what_it_does_not_name() -> None:
 
 
 def test_a_role_may_leave_the_endpoint_and_takes_its_key_along() -> None:
-    judge = {"endpoint": "http://h/v1", "endpoint_model": "m", "api_key_env": "KEY"}
+    judge = {"endpoint": "https://h/v1", "endpoint_model": "m", "api_key_env": "KEY"}
     made = judges_of(run({"heldout": {"endpoint": None, "model": "x"}}, **judge))
     assert (made["heldout"].endpoint, made["heldout"].endpoint_model, made["heldout"].api_key_env) == (None,) * 3
     assert made["explainer"].endpoint == "http://h/v1"

@@ -203,6 +203,18 @@ def test_checkpoints_on_s3_commit_prune_and_load_as_in_a_folder(on_s3, server):
     assert checkpoint.steps(on_s3) == {}
 
 
+@pytest.mark.parametrize("place", ["folder", "s3"])
+def test_a_second_run_cannot_commit_over_the_firsts_checkpoint(place, tmp_path, request):
+    home = tmp_path / "step-4" if place == "folder" else f"{request.getfixturevalue('on_s3')}/step-4"
+    checkpoint.begin(home)
+    checkpoint.commit(home, {"step": 4, "config": {"name": "first"}})
+    with pytest.raises(UserError, match=r"manifest\.json: somebody else has committed"):
+        checkpoint.commit(home, {"step": 4, "config": {"name": "second"}})
+    assert checkpoint.read_manifest(home)["config"]["name"] == "first"
+    checkpoint.begin(home)
+    checkpoint.commit(home, {"step": 4, "config": {"name": "second"}})
+
+
 def test_what_a_failed_save_left_is_removed_and_commits_stay(tmp_path):
     write(tmp_path, 5, trained())
     half = tmp_path / "step-6"
