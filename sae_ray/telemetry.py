@@ -86,6 +86,9 @@ class Gauges:
         "trainer_tokens_per_s",
         "producer_tokens_per_s",
         "trainer_wait_s",
+        "trainer_wait_share",
+        "producers_idle_share",
+        "producers",
         "blocks_held",
         "blocks_leased",
         "judge_queue",
@@ -154,6 +157,9 @@ class RunStatus:
     l0: float | None = None
     dead_fraction: float | None = None
     trainer_wait_s: float | None = None
+    trainer_wait_share: float | None = None  # of its time so far, for blocks
+    producers_idle_share: float | None = None
+    producers: int = 0
     blocks_held: int = 0
     blocks_leased: int = 0
     judge: str = "not started"
@@ -233,6 +239,8 @@ class Progress:
             ("FVU", _number(s.fvu, 3)),
             ("L0", _number(s.l0, 1)),
             ("dead", "-" if s.dead_fraction is None else f"{s.dead_fraction:.1%}"),
+            ("producers", str(s.producers)),
+            ("waits trainer/producers", _shares(s.trainer_wait_share, s.producers_idle_share)),
             ("blocks held/leased", f"{s.blocks_held}/{s.blocks_leased}"),
             ("judge", s.judge),
             ("queue", str(s.judge_queue)),
@@ -266,6 +274,10 @@ def _clock(seconds: float) -> str:
 
 def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _shares(*values: float | None) -> str:
+    return "-" if None in values else "/".join(f"{value:.0%}" for value in values)
 
 
 def _count(value: float | None) -> str:

@@ -64,6 +64,10 @@ def variable($name; $title; $metric; $of):
   panel("Share of time behind a wait";
     "Of the last five minutes, the share in which the last window had waited for over a second."; "percentunit"; 1;
     [series("max by (run) (avg_over_time((ray_sae_ray_trainer_wait_s\(of_run) > bool 1)[5m:15s]))"; run(""))]),
+  panel("Time spent waiting"; "Of the run so far: the trainer for blocks, producers for room in the window."; "percentunit"; 1;
+    [series(gauge("trainer_wait_share"); run(" trainer")), series(gauge("producers_idle_share"); run(" producers"))]),
+  panel("Producers"; "Those that serve; their number moves where activations.producers is a range."; "none"; null;
+    [series(gauge("producers"); run(""))]),
   panel("Blocks"; "Held: produced and not yet trained. Leased and none held: the producers are behind."; "none"; null;
     [series(gauge("blocks_held"); run(" held")), series(gauge("blocks_leased"); run(" leased"))]),
   panel("Texts that wait for a verdict"; "The reward desk's backlog."; "none"; null;
