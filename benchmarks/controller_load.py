@@ -26,6 +26,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+import sae_ray.activations.pool as pool_module
 import sae_ray.activations.stream as stream_module
 import sae_ray.controller as controller_module
 import sae_ray.telemetry as telemetry_module
@@ -127,6 +128,16 @@ class _Group:
         return ref.value
 
 
+class _Place:
+    """A reservation that has its room at once."""
+
+    def __init__(self, _ask: Any) -> None: ...
+
+    def at(self, _bundle: int) -> None: ...
+
+    def release(self) -> None: ...
+
+
 class _Silent:
     """A desk, a log, a screen or measures that have nothing to say."""
 
@@ -140,8 +151,6 @@ class _Silent:
         return False
 
     def pump(self, *_: Any) -> None: ...
-
-    def trained(self, *_: Any) -> None: ...
 
     def committed(self) -> None: ...
 
@@ -163,7 +172,8 @@ class DrivenController(Controller):
         silent: Any = _Silent()
         self.config, self.status, self.interrupt = config, RunStatus(), type("Never", (), {"requested": False})()
         self.desk = self.log = self.progress = self.measures = silent
-        self.stream = BlockStream(config)
+        self.stream = BlockStream(config, scaled=True)
+        self.place = None
         self.committed_step = self.saved_step = self.rounds_done = self.generation = 0
         self.saving = None
         self.group = _Group(ray, ranks, window_s)  # type: ignore[assignment]
@@ -180,11 +190,13 @@ class _Clock:
 @contextmanager
 def stand_in(ray: FakeRay) -> Iterator[None]:
     """Puts the stand-in, and its clock, where the driver's modules look for `ray` and `time`."""
-    modules = (stream_module, controller_module, pipeline_module, telemetry_module)
+    modules = (stream_module, pool_module, controller_module, pipeline_module, telemetry_module)
     places = [(module, name) for module in modules for name in ("ray", "time") if hasattr(module, name)]
+    places += [(pool_module, name) for name in ("Reservation", "wait_placed")]
+    stands_for = {"ray": ray, "time": _Clock(ray), "Reservation": _Place, "wait_placed": lambda *_: None}
     real = [getattr(module, name) for module, name in places]
     for module, name in places:
-        setattr(module, name, ray if name == "ray" else _Clock(ray))
+        setattr(module, name, stands_for[name])
     try:
         yield
     finally:

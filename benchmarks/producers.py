@@ -69,7 +69,7 @@ def main() -> None:
     # A window of one block: the stream must not produce train blocks beside what is measured.
     config = load_config(args.config, ["activations.mix_blocks=1", "activations.window_blocks=2"])
     reader = BlockReader(config, load_tokenizer(config.model))
-    n, blocks = config.activations.producers, args.blocks
+    n, blocks = config.activations.most_producers, args.blocks
     per_block = config.activations.block_sequences * config.corpus.context_length
     with ray_session(config.ray):
         stream = BlockStream(config)

@@ -87,7 +87,7 @@ def loop_of(config: dict[str, Any]) -> Loop:
     tokens = acts["block_sequences"] * (config["corpus"]["context_length"] - acts["mask_first_tokens"])
     scaling, on = config["judge"]["autoscaling"], rlaif["enabled"]
     return Loop(
-        producers=acts["producers"],
+        producers=producers if isinstance(producers := acts["producers"], int) else producers["max"],
         steps=trainer["steps"],
         mix_blocks=acts["mix_blocks"],
         window_blocks=acts["window_blocks"],

@@ -2,6 +2,7 @@
 
 | who waits         | for what                          | who unblocks it          | deadline                      |
 |-------------------|-----------------------------------|--------------------------|-------------------------------|
+| places            | free resources, or new nodes      | Ray, its autoscaler      | `ray.wait_s`                  |
 | a producer        | a lease                           | `BlockStream.pump`       | none: idle is fine            |
 | the stream        | a block                           | a producer, or its death | `activations.lease_timeout_s` |
 | the trainer group | the blocks of the next mix window | `BlockStream`            | the lease's                   |
@@ -25,11 +26,14 @@ from typing import Any
 import ray
 
 from sae_ray import logs
+from sae_ray.activations.scaling import Trainer
 from sae_ray.activations.stream import BlockStream
 from sae_ray.config import RunConfig
 from sae_ray.errors import RunInterrupted, UserError
 from sae_ray.judge.pool import JudgePool
 from sae_ray.measures import Measures
+from sae_ray.placement import trainer_ask
+from sae_ray.reservation import Reservation
 from sae_ray.reward.applied import AppliedRounds
 from sae_ray.reward.link import Calibrated, DeskLink, JudgedRound
 from sae_ray.reward.pool_judge import without_heldout
@@ -56,7 +60,8 @@ class Controller:
         self.log = log
         self.interrupt = interrupt
         self.measures = Measures(config.name)
-        self.stream = BlockStream(config)
+        self.stream = BlockStream(config, scaled=True)
+        self.place: Reservation | None = None  # the trainer's, over all its generations
         # The held-out judge starts when the evaluation asks it, unless an alarm does.
         judges = config if config.rlaif.alarms.asks_held_out else without_heldout(config)
         self.judge = JudgePool(judges, keep_serve=config.ray.address == "local")
@@ -86,7 +91,9 @@ class Controller:
     def run(self) -> None:
         """Trains to the last step; every phase can be entered by a resumed run."""
         self.progress.phase("starting", "producers and trainer ranks")
-        self.stream.start(on_wait=self._on_wait)
+        # All places before any judge deploys: judges would take what is free, and keep it.
+        self.place = Reservation(trainer_ask(self.config.trainer))
+        self.stream.start(on_wait=self._on_wait, beside=[self.place])
         for producer in self.stream.producers:
             self.log.event("stream", what="producer_ready", **producer)
         died: RankDied | None = None
@@ -115,6 +122,11 @@ class Controller:
         self._finish_save()
         if self.committed_step < self.submitted_step:
             self._save(pin="final")
+        waits = self.stream.waits
+        self.log.event(
+            "waits", trainer_wait_share=waits.trainer_wait_share, producers_idle_share=waits.producers_idle_share
+        )
+        self.progress.say(waits.told())
 
     def _rlaif_phase(self) -> None:
         config = self.config.rlaif
@@ -160,7 +172,7 @@ class Controller:
         """Trains up to and including `last_step`."""
         while self.submitted_step < last_step or len(self.pipeline):
             self._submit_windows(last_step)
-            self._wait_once()
+            self._wait_once(for_blocks=self.submitted_step < last_step)
             if self._save_due() and self.submitted_step < last_step and not len(self.pipeline):
                 self._save()
             if self.interrupt.requested:
@@ -180,9 +192,15 @@ class Controller:
                 last_step - self.submitted_step,
             )
 
-    def _wait_once(self) -> None:
-        """Waits for anything at all, then hands each result to whoever it belongs to."""
-        for event in self.stream.pump(time.monotonic()):
+    def _wait_once(self, for_blocks: bool = False) -> None:
+        """Waits for anything at all, then hands each result to whoever it belongs to.
+
+        Args:
+            for_blocks: what an idle trainer waits for is blocks.
+        """
+        now = time.monotonic()
+        trainer: Trainer = "trains" if len(self.pipeline) else "starves" if for_blocks else "elsewhere"
+        for event in [*self.stream.observe(trainer, now), *self.stream.pump(now)]:
             self.log.event("stream", **event)
         self.desk.pump()
         self._pump_save()
@@ -207,7 +225,6 @@ class Controller:
             self.stream.trained(trained.window)
         result, status = trained.result, self.status
         status.trainer_wait_s = trained.wait_seconds
-        self.measures.trained(trained)
         logs.bind(step=result.last_step)
         rate = result.tokens / max(result.seconds - result.block_wait_seconds, 1e-9)
         self.log.metrics([row | {"rank_tokens_per_s": rate} for row in result.metrics])
@@ -276,7 +293,8 @@ class Controller:
     def _start_group(self) -> None:
         """Builds the group from the last commit, or from scratch on the first window's activations."""
         logs.bind(generation=self.generation)
-        self.group = TrainerGroup.start(self.config, self.stream.widths, self.generation, self._on_wait)
+        self.group = TrainerGroup.start(self.config, self.stream.widths, self.generation, self._on_wait, self.place)
+        self.log.event("group", generation=self.generation, nodes=self.group.addresses)
         path = checkpoint.latest(checkpoint.home(self.config))
         if path is None:
             self.pipeline = WindowPipeline(self.config, self.group, Cursor(0, 0), 0)
@@ -323,6 +341,9 @@ class Controller:
         self.saving = None  # it never counted
         if hasattr(self, "group"):
             self.group.stop()
+        if self.place is not None and not self.place.placed:  # it went with its node
+            self.place.release()
+            self.place = Reservation(trainer_ask(self.config.trainer))
         self.log.rewind(self.committed_step)
 
     # -- judging --------------------------------------------------------------------------------------
@@ -414,15 +435,20 @@ class Controller:
 
     def prepare_evaluation(self) -> None:
         """Frees the trainer's place and the desk; producers and judges stay for the evaluation."""
-        self.group.stop()
+        self._stop_group()
         self.desk.stop()
+
+    def _stop_group(self) -> None:
+        if hasattr(self, "group"):
+            self.group.stop()
+        if self.place is not None:
+            self.place.release()
 
     def close(self) -> None:
         """Removes this run from the cluster: actors, placement groups, Serve apps."""
         self.desk.stop()
         self.judge.shutdown()
-        if hasattr(self, "group"):
-            self.group.stop()
+        self._stop_group()
         if self.saving is not None:  # it failed, perhaps for want of room
             with contextlib.suppress(UserError):
                 checkpoint.discard_uncommitted(checkpoint.home(self.config))

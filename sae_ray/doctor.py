@@ -96,11 +96,12 @@ def demand(config: RunConfig) -> Demand:
     """What a run reserves; judges elsewhere, and applications that already serve, reserve nothing."""
     from sae_ray.judge.roles import deployed, judges_of
 
-    cpus = config.activations.producers * config.activations.cpus
-    gpus = config.activations.producers * config.activations.gpus
+    producers = config.activations.least_producers
+    cpus, gpus = producers * config.activations.cpus, producers * config.activations.gpus
     ranks = config.trainer.dp * config.trainer.tp
     cpus, gpus = cpus + ranks * config.trainer.cpus, gpus + ranks * config.trainer.gpus
-    most_cpus, most_gpus = cpus, gpus
+    grown = config.activations.most_producers - producers
+    most_cpus, most_gpus = cpus + grown * config.activations.cpus, gpus + grown * config.activations.gpus
     if config.rlaif.enabled or config.evaluation.latents:
         apart = {str(deployed(judge)): judge for judge in judges_of(config).values()}
         for judge in apart.values():
@@ -320,7 +321,7 @@ def _room(config: RunConfig) -> Iterator[Finding]:
     wanted = demand(config)
     told = f"{wanted.cpus:g} CPUs and {wanted.gpus:g} GPUs"
     if (wanted.most_cpus, wanted.most_gpus) != (wanted.cpus, wanted.gpus):
-        told += f"; {wanted.most_cpus:g} and {wanted.most_gpus:g} once judges have grown"
+        told += f"; {wanted.most_cpus:g} and {wanted.most_gpus:g} once producers and judges have grown"
     if config.ray.address != "local":
         yield Finding("reserved of the cluster", "ok", told)
         return

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sae_ray.controller import Controller
-    from sae_ray.trainer.pipeline import TrainedWindow
 
 EVERY_S = 1.0
 # Shares are of this much of the past.
@@ -39,12 +38,12 @@ MEASURED = {
     "producers_ready": "producers that have loaded their model",
     "producers_starting": "producers that are being placed or load their model",
     "producers_idle": "producers that wait for a lease",
-    "producer_busy_share": "share of the producers' time spent on blocks",
     "producer_restarts": "producers that died and were replaced",
     "blocks_reissued": "leases that were issued again",
     "blocks_duplicate": "blocks that were delivered twice and dropped",
     "oldest_lease_s": "age of the oldest lease",
-    "trainer_wait_share": "share of the trainer's time spent waiting for blocks",
+    "trainer_wait_share": "share of the trainer's last minute spent waiting for blocks",
+    "producers_idle_share": "share of the producers' last minute spent waiting for a lease",
     "windows_in_flight": "mix windows handed to the ranks",
     "oldest_window_s": "age of the oldest of them",
     "generation": "of the trainer group: how often it was built again",
@@ -81,15 +80,14 @@ class Gauges:
 
 
 class Share:
-    """Share of the last minute: of sums that grow, how much one grew per growth of the other."""
+    """Share of the last minute: of two sums that grow, how much one grew per growth of the other."""
 
     def __init__(self) -> None:
         self._sums: deque[tuple[float, float, float]] = deque([(-1.0, 0.0, 0.0)])
 
     def add(self, now: float, part: float, whole: float) -> None:
-        """More of both, at the time `now` (seconds)."""
-        _, parts, wholes = self._sums[-1]
-        self._sums.append((now, parts + part, wholes + whole))
+        """What both sums are at the time `now` (seconds)."""
+        self._sums.append((now, part, whole))
         while len(self._sums) > 2 and self._sums[1][0] < now - SPAN_S:
             self._sums.popleft()
 
@@ -105,16 +103,11 @@ class Measures:
     def __init__(self, run: str):
         self._gauges = Gauges(run)
         self._trainer, self._producers = Share(), Share()
-        self._looked = self._committed = self._judged = self._empty = time.monotonic()
+        self._committed = self._judged = self._empty = time.monotonic()
         self._shown = 0.0
-        self._busy_s = 0.0
         self._verdicts = 0
         self._judged_at: int | None = None
         self._waited = {"save": 0.0, "round": 0.0}
-
-    def trained(self, window: TrainedWindow) -> None:
-        seconds = window.result.seconds
-        self._trainer.add(time.monotonic(), min(window.wait_seconds, seconds), seconds)
 
     def committed(self) -> None:
         self._committed = time.monotonic()
@@ -143,8 +136,9 @@ class Measures:
     def measure(self, run: Controller, now: float) -> dict[str, float | None]:
         """All of `MEASURED`; None for what has no value yet. `now`: of `time.monotonic`."""
         stream, desk, status = run.stream.counters(), run.desk, run.status
-        self._producers.add(now, stream["seconds"] - self._busy_s, (now - self._looked) * max(1, stream["ready"]))
-        self._busy_s, self._looked = stream["seconds"], now
+        waits = run.stream.waits  # what the number of producers is decided by
+        self._trainer.add(now, waits.starved_s, waits.seconds)
+        self._producers.add(now, waits.idle_s, waits.producer_s)
         queue, verdicts = status.judge_queue, status.verdicts
         if verdicts != self._verdicts or not queue:
             self._verdicts, self._judged = verdicts, now
@@ -156,12 +150,12 @@ class Measures:
             "producers_ready": stream["ready"],
             "producers_starting": stream["starting"],
             "producers_idle": stream["idle"],
-            "producer_busy_share": self._producers.value,
             "producer_restarts": stream["restarts"],
             "blocks_reissued": stream["reissued"],
             "blocks_duplicate": stream["duplicates"],
             "oldest_lease_s": run.stream.oldest_lease_s(now),
             "trainer_wait_share": self._trainer.value,
+            "producers_idle_share": self._producers.value,
             "windows_in_flight": len(run.pipeline),
             "oldest_window_s": run.pipeline.oldest_s(now),
             "generation": run.generation,

@@ -26,6 +26,7 @@ HASHED_BYTES = 2 << 30
 FREE_ON_RESUME = (
     *("runs_dir", "ray", "evaluation", "rlaif.round_timeout_s", "rlaif.alarms", "rlaif.rewards.threads", "sae.export"),
     *(f"rlaif.rewards.causality.{key}" for key in ("cpus", "gpus", "rows")),
+    *(f"{part}.{key}" for part in ("activations", "trainer", "judge") for key in ("resources", "label_selector")),
     *(f"judge.{key}" for key in ("app", "autoscaling", "cpus", "gpus", "threads", "max_in_flight", "max_attempts")),
     *(f"judge.{key}" for key in ("start_timeout_s", "deadline_s", "stall_timeout_s", "api_key_env", "trust_network")),
     *(

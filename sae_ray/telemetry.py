@@ -224,6 +224,11 @@ class Progress:
             ("FVU", _number(s.fvu, 3)),
             ("L0", _number(s.l0, 1)),
             ("dead", "-" if s.dead_fraction is None else f"{s.dead_fraction:.1%}"),
+            ("producers", _count(s.measures.get("producers_ready"))),
+            (
+                "waits trainer/producers",
+                _shares(s.measures.get("trainer_wait_share"), s.measures.get("producers_idle_share")),
+            ),
             ("blocks held/leased", f"{s.blocks_held}/{s.blocks_leased}"),
             ("judge", s.judge),
             ("queue", str(s.judge_queue)),
@@ -266,6 +271,10 @@ def _why(error: BaseException | None) -> str:
 
 def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _shares(*values: float | None) -> str:
+    return "-" if None in values else "/".join(f"{value:.0%}" for value in values)
 
 
 def _count(value: float | None) -> str:

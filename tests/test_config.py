@@ -33,6 +33,11 @@ def write(tmp_path):
             ["gate_threshold fitted", "not for sae.architecture jumprelu", "moving would be right"],
         ),
         (MINIMAL + "judge: {autoscaling: {min_replicas: 3}}", ["min_replicas 3 <= initial_replicas"]),
+        (MINIMAL + "activations: {producers: 0}", ["activations.producers = 0: expected a number above 0"]),
+        (MINIMAL + "activations: {producers: {min: 3, max: 2}}", ["activations.producers: expected", "min <= max"]),
+        (MINIMAL + "activations: {producers: {most: 2}}", ["activations.producers: expected"]),
+        (MINIMAL + "trainer: {resources: {GPU: 1}}", ["trainer.resources.GPU", "set gpus beside it"]),
+        (MINIMAL + "trainer: {label_selector: {role: a b}}", ["trainer.label_selector.role = 'a b'", "!in(a, b)"]),
         ("hook: {layer: 3}", ["name: is required"]),
         ("name: ../x\nhook: {layer: 3}", ["name = '../x'", "letters, digits"]),
         (
@@ -107,3 +112,11 @@ def test_the_resolved_config_reads_back_as_the_same_run(write, tmp_path):
     again = tmp_path / "resolved.yaml"
     again.write_text(run.to_yaml())
     assert load_config(again) == run
+
+
+def test_producers_are_a_number_or_a_range_and_come_back_as_they_were(write):
+    for text, least, most in (("3", 3, 3), ("{max: 8}", 1, 8), ("{min: 2, max: 4}", 2, 4)):
+        config = load_config(write(MINIMAL + f"activations: {{producers: {text}}}"))
+        assert (config.activations.least_producers, config.activations.most_producers) == (least, most)
+        again = load_config(write(config.to_yaml()))
+        assert again.activations == config.activations

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from sae_ray import measures
+from sae_ray.activations.scaling import Seen, Shares
 from sae_ray.activations.scheduler import BlockScheduler
 from sae_ray.measures import MEASURED, SPAN_S, Measures, Share
 from sae_ray.telemetry import RunStatus
@@ -31,13 +32,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def a_run(**changes: Any) -> Any:
     """What `Measures` looks at of a controller."""
-    counters = {"seconds": 0.0, "ready": 2, "starting": 1, "idle": 0, "restarts": 3, "reissued": 4, "duplicates": 5}
+    counters = {"ready": 2, "starting": 1, "idle": 0, "restarts": 3, "reissued": 4, "duplicates": 5}
     run = SimpleNamespace(
-        stream=SimpleNamespace(counters=lambda: counters, oldest_lease_s=lambda now: 6.0),
+        stream=SimpleNamespace(counters=lambda: counters, oldest_lease_s=lambda now: 6.0, waits=Shares()),
         pipeline=Pipeline(),
         desk=SimpleNamespace(round_age_s=0.0, round_open=False, round_step=0),
         status=RunStatus(), saving=None, steps_per_s=None, submitted_step=50, committed_step=40, generation=1,
-        rounds_done=0, counters=counters,
+        rounds_done=0,
     )  # fmt: skip
     vars(run).update(changes)
     return run
@@ -54,11 +55,14 @@ class Pipeline:
 def test_a_share_is_of_the_last_minute():
     share = Share()
     assert share.value is None
+    part = 0.0
     for second in range(200):
-        share.add(float(second), 0.0 if second < 100 else 0.25, 1.0)
+        part += 0.0 if second < 100 else 0.25
+        share.add(float(second), part, second + 1.0)
     assert share.value == pytest.approx(0.25)
     for second in range(200, 200 + int(SPAN_S) // 2):
-        share.add(float(second), 1.0, 1.0)
+        part += 1.0
+        share.add(float(second), part, second + 1.0)
     assert share.value == pytest.approx((0.25 + 1) / 2, abs=0.02)
 
 
@@ -66,13 +70,18 @@ def test_the_trainers_and_the_producers_shares(clock):
     told = Measures("run")
     run = a_run()
     assert told.measure(run, clock.t)["trainer_wait_share"] is None
-    for _ in range(20):
+    for second in range(20):
         clock.t += 1
-        told.trained(SimpleNamespace(result=SimpleNamespace(seconds=2.0), wait_seconds=0.5))
-        run.counters["seconds"] += 1.2  # of two producers
+        run.stream.waits.add(Seen("starves" if second % 4 == 0 else "trains", ready=2, idle=second % 2), 1.0)
         found = told.measure(run, clock.t)
     assert found["trainer_wait_share"] == pytest.approx(0.25)
-    assert found["producer_busy_share"] == pytest.approx(0.6, rel=0.05)
+    assert found["producers_idle_share"] == pytest.approx(0.25)
+    for _ in range(int(SPAN_S) + 2):  # a wait for judges says nothing about blocks
+        clock.t += 1
+        run.stream.waits.add(Seen("elsewhere", ready=2, idle=2), 1.0)
+        found = told.measure(run, clock.t)
+    assert found["trainer_wait_share"] is None
+    assert found["producers_idle_share"] is None
 
 
 def test_ages_grow_until_what_they_wait_for_comes(clock):

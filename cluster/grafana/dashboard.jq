@@ -51,8 +51,9 @@ def variable($name; $title; $metric; $of):
   panel("L0"; "Active latents per token."; "none"; null; [series(gauge("l0"); run(""))]),
   panel("Dead latents"; "Share of the latents that have been silent for sae.dead_after_tokens."; "percentunit"; 1;
     [series(gauge("dead_fraction"); run(""))]),
-  panel("Steps per second"; "Over five minutes, waits included."; "none"; null;
-    [series("max by (run) (deriv(ray_sae_ray_step\(of_run)[5m]))"; run(""))]),
+  panel("Steps per second"; "Over five minutes, waits included; and over half a minute, without waits for rounds."; "none"; null;
+    [series("max by (run) (deriv(ray_sae_ray_step\(of_run)[5m]))"; run(" over 5 min")),
+     series(gauge("steps_per_s"); run(""))]),
   panel("Step"; "Of the last trained window."; "none"; null; [series(gauge("step"); run(""))]),
   panel("Rewards applied"; "Flat while steps go on: the credit loss acts on old rewards."; "none"; null;
     [series(gauge("rewards_applied"); run(""))])])
@@ -62,9 +63,12 @@ def variable($name; $title; $metric; $of):
      series(gauge("producer_tokens_per_s"); run(" producers"))]),
   panel("Trainer's wait for blocks"; "Longest wait of a rank in the last window."; "s"; null;
     [series(gauge("trainer_wait_s"); run(""))]),
-  panel("Share of time behind a wait";
-    "Of the last five minutes, the share in which the last window had waited for over a second."; "percentunit"; 1;
-    [series("max by (run) (avg_over_time((ray_sae_ray_trainer_wait_s\(of_run) > bool 1)[5m:15s]))"; run(""))]),
+  panel("Time spent waiting"; "Of the last minute: the trainer's for blocks, the producers' for a lease."; "percentunit"; 1;
+    [series(gauge("trainer_wait_share"); run(" trainer")), series(gauge("producers_idle_share"); run(" producers"))]),
+  panel("Producers"; "Ready: serve; their number moves where activations.producers is a range. Idle: no block is up for "
+    + "a lease."; "none"; null;
+    [series(gauge("producers_ready"); run(" ready")), series(gauge("producers_starting"); run(" starting")),
+     series(gauge("producers_idle"); run(" idle"))]),
   panel("Blocks"; "Held: produced and not yet trained. Leased and none held: the producers are behind."; "none"; null;
     [series(gauge("blocks_held"); run(" held")), series(gauge("blocks_leased"); run(" leased"))]),
   panel("Texts that wait for a verdict"; "The reward desk's backlog."; "none"; null;
@@ -72,13 +76,6 @@ def variable($name; $title; $metric; $of):
   panel("Verdicts per second"; "As the desk counts them, and over ten minutes."; "none"; null;
     [series(gauge("verdicts_per_s"); run("")),
      series("max by (run) (deriv(ray_sae_ray_verdicts\(of_run)[10m]))"; run(" over 10 min"))]),
-  panel("Whose time goes by"; "Trainer: share of the last minute spent waiting for blocks. Producers: share spent on blocks.";
-    "percentunit"; 1;
-    [series(gauge("trainer_wait_share"); run(" trainer waits")),
-     series(gauge("producer_busy_share"); run(" producers work"))]),
-  panel("Producers"; "Idle: ready, and no block is up for a lease."; "none"; null;
-    [series(gauge("producers_ready"); run(" ready")), series(gauge("producers_starting"); run(" starting")),
-     series(gauge("producers_idle"); run(" idle"))]),
   panel("Age of the oldest lease and window"; "A lease: since its producer began. A window: since the ranks have it.";
     "s"; null;
     [series(gauge("oldest_lease_s"); run(" lease")), series(gauge("oldest_window_s"); run(" window"))]),
@@ -87,9 +84,7 @@ def variable($name; $title; $metric; $of):
   panel("Training waits for"; "Seconds per second, over ten minutes: a save that is still being written, a judging round.";
     "percentunit"; null;
     [series("max by (run) (deriv(ray_sae_ray_save_wait_s\(of_run)[10m]))"; run(" a save")),
-     series("max by (run) (deriv(ray_sae_ray_round_wait_s\(of_run)[10m]))"; run(" a round"))]),
-  panel("Steps per second, as the run counts them"; "Over half a minute, without waits for rounds."; "none"; null;
-    [series(gauge("steps_per_s"); run(""))])])
+     series("max by (run) (deriv(ray_sae_ray_round_wait_s\(of_run)[10m]))"; run(" a round"))])])
 + row("Faults and commits"; [
   panel("Restarts"; "Generation: how often the trainer group was built again."; "none"; null;
     [series(gauge("generation"); run(" generation")), series(gauge("producer_restarts"); run(" producers"))]),

@@ -47,6 +47,7 @@ class BlockScheduler:
         self._earliest = math.inf  # no lease ends before
         self._requested: dict[BlockKey, None] = {}  # in the order of the requests
         self._deadlines: dict[str, dict[BlockKey, float]] = {}  # worker -> its leases, oldest first
+        self._working = 0  # workers that hold a lease
 
     # -- workers ----------------------------------------------------------------------------------------
 
@@ -57,6 +58,7 @@ class BlockScheduler:
             return None
         key = self._next()
         if key is not None:
+            self._working += not mine
             mine[key] = now + self.lease_timeout_s
             self._leased.add(key)
             self._earliest = min(self._earliest, mine[key])
@@ -75,6 +77,7 @@ class BlockScheduler:
         mine = self._deadlines.get(worker, {})
         if mine.pop(key, None) is not None:
             self._leased.discard(key)
+            self._working -= not mine
         for waiting in mine:  # its next block starts only now
             mine[waiting] = now + self.lease_timeout_s
         if key in self._held:
@@ -87,6 +90,7 @@ class BlockScheduler:
     def worker_died(self, worker: str) -> list[BlockKey]:
         """Gives up all leases of `worker`; returns those that are up for a lease again."""
         leases = self._deadlines.pop(worker, {})
+        self._working -= bool(leases)
         self._leased.difference_update(leases)
         self._look_again(leases)
         return [key for key in leases if self._wanted(key) and key not in self._held]
@@ -155,6 +159,14 @@ class BlockScheduler:
         """How long ago the oldest lease was given, or its worker was done with the one before; 0 for none."""
         ends = min((min(leases.values()) for leases in self._deadlines.values() if leases), default=None)
         return 0.0 if ends is None else max(0.0, now - (ends - self.lease_timeout_s))
+
+    @property
+    def n_working(self) -> int:
+        """Workers that hold a lease."""
+        return self._working
+
+    def works(self, worker: str) -> bool:
+        return bool(self._deadlines.get(worker))
 
     @property
     def n_leased(self) -> int:

@@ -177,6 +177,6 @@ def store_blocks(cfg: RunConfig, uri: str, n_blocks: int | None, splits: list[Sp
     with Interrupt() as interrupt:
         writer = StoreWriter(cfg, uri, console, interrupt)
         with ray_session(cfg.ray, verbose):
-            console.print(f"{cfg.activations.producers} producers write to {uri}", soft_wrap=True)
+            console.print(f"{cfg.activations.most_producers} producers write to {uri}", soft_wrap=True)
             writer.write(splits, n_blocks)
     console.print(f"{uri}: {writer.size()}; {writer.written} written, {writer.kept} kept", soft_wrap=True)

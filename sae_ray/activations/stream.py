@@ -5,47 +5,32 @@ Tensors stay in the object store. What passes through here are object references
 
 from __future__ import annotations
 
-import contextlib
-import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from sae_ray.activations.pool import Producer, ProducerPool
 from sae_ray.activations.producer import ActivationProducer
+from sae_ray.activations.scaling import ProducerScaling, Seen, Shares, Trainer
 from sae_ray.activations.scheduler import BlockKey, BlockScheduler
 from sae_ray.config import RunConfig
 from sae_ray.corpus.reader import Split
 from sae_ray.errors import UserError
-from sae_ray.storage import absolute, aws_environment
+from sae_ray.reservation import Reservation
+from sae_ray.storage import absolute
 
 Event = dict[str, Any]
 _RATE_SPAN_S = 30.0
 
 
-@dataclass
-class _Producer:
-    """One slot of the pool and the actor that fills it now; `worker` is new for every actor."""
-
-    slot: int
-    generation: int
-    actor: Any
-    ready_ref: ray.ObjectRef
-    started: float
-    info: dict[str, Any] | None = None
-
-    @property
-    def worker(self) -> str:
-        return f"{self.slot}.{self.generation}"
-
-
 @dataclass(frozen=True)
 class _Pending:
-    producer: _Producer
+    producer: Producer
     key: BlockKey
     block_ref: ray.ObjectRef
 
@@ -59,6 +44,8 @@ class BlockStream:
     Args:
         producer: class of the actors; made with the config's JSON and then `extra`.
         train_blocks: how many train blocks to produce unasked; None: as many as there are.
+        scaled: whether the caller `observe`s, so that `activations.producers` may be a range; if not, a range means
+            its largest number.
     """
 
     def __init__(
@@ -67,18 +54,19 @@ class BlockStream:
         producer: type[ActivationProducer] = ActivationProducer,
         extra: tuple[Any, ...] = (),
         train_blocks: int | None = None,
+        scaled: bool = False,
     ) -> None:
         if config.activations.store is not None:  # other nodes do not share the driver's working directory
             update = {"store": absolute(config.activations.store)}
             config = config.model_copy(update={"activations": config.activations.model_copy(update=update)})
         self._cfg = config
-        self._producer_class, self._extra = producer, extra
         activations = config.activations
+        number = activations.least_producers if scaled else activations.most_producers
+        self._pool = ProducerPool(config, number, producer, extra)
+        self._scaling = ProducerScaling(number, activations.most_producers)
         self._mix_blocks = activations.mix_blocks
         self._scheduler = BlockScheduler(activations.window_blocks, activations.lease_timeout_s)
         self._scheduler.train_blocks = train_blocks
-        self._producers: dict[int, _Producer] = {}
-        self._starting: dict[ray.ObjectRef, _Producer] = {}
         self._roomy: dict[int, None] = {}  # slots whose producers may take a lease, in the order they came to have room
         self._pending: dict[ray.ObjectRef, _Pending] = {}
         self._blocks: dict[BlockKey, tuple[ray.ObjectRef, dict[str, Any]]] = {}
@@ -92,19 +80,18 @@ class BlockStream:
 
     # -- life -------------------------------------------------------------------------------------------
 
-    def start(self, on_wait: Callable[[str], None] | None = None) -> None:
+    def start(self, on_wait: Callable[[str], None] | None = None, beside: Sequence[Reservation] = ()) -> None:
         """Start all producers and wait until each has loaded its model.
 
+        Args:
+            beside: reservations of others that are waited for too, so that all have their places before anyone starts.
         Raises:
             UserError: a producer cannot be placed within `ray.wait_s`, or cannot load the model or corpus.
         """
-        now = time.monotonic()
-        for slot in range(self._cfg.activations.producers):
-            self._spawn(slot, 0, now)
-        while waiting := list(self._starting):
+        self._pool.start(time.monotonic, on_wait or (lambda _: None), beside)
+        while waiting := list(self._pool.starting):
             if on_wait is not None:
-                total = len(self._producers)
-                on_wait(f"{total - len(waiting)} of {total} producers ready")
+                on_wait(f"{self._pool.ready} of {len(self._pool.slots)} producers ready")
             done, _ = ray.wait(waiting, timeout=1.0, fetch_local=False)
             now = time.monotonic()
             for ref in done:
@@ -113,11 +100,7 @@ class BlockStream:
 
     def stop(self) -> None:
         """End all producers and let go of all blocks."""
-        for producer in self._producers.values():
-            with contextlib.suppress(Exception):
-                ray.kill(producer.actor)
-        self._producers.clear()
-        self._starting.clear()
+        self._pool.stop()
         self._roomy.clear()
         self._pending.clear()
         self._blocks.clear()
@@ -139,7 +122,7 @@ class BlockStream:
     @property
     def producers(self) -> list[dict[str, Any]]:
         """What each live producer reported when it was ready: pid, node_id, dtype, ..."""
-        return [p.info for _, p in sorted(self._producers.items()) if p.info is not None]
+        return [p.info for _, p in sorted(self._pool.slots.items()) if p.info is not None]
 
     # -- the event loop ---------------------------------------------------------------------------------
 
@@ -152,20 +135,19 @@ class BlockStream:
         """
         events = []
         for worker, key in self._scheduler.expired(now):
-            producer = next((p for p in self._producers.values() if p.worker == worker), None)
-            if producer is not None:
+            if (producer := self._pool.by_worker(worker)) is not None:
                 ray.kill(producer.actor)
                 limit = self._cfg.activations.lease_timeout_s
                 reason = f"{key.split} block {key.block_id} took over activations.lease_timeout_s = {limit:g} s"
                 events.append(self._replace(producer, now, reason))
-        self._check_startup(now)
+        events += self._check_startup(now)
         # One lease each before anyone gets a second, so that a short window is spread over all. Only those with room
         # are looked at: of a thousand producers, a look at all for each block would be most of the driver's time.
         progress = True
         while progress:
             progress = False
             for slot in list(self._roomy):
-                producer = self._producers[slot]
+                producer = self._pool.slots[slot]
                 if (lease := self._scheduler.lease(producer.worker, now)) is None:
                     if self._scheduler.has_room(producer.worker):  # nothing is up for a lease
                         return events
@@ -177,10 +159,10 @@ class BlockStream:
         return events
 
     def pending_refs(self) -> list[ray.ObjectRef]:
-        return [*self._starting, *self._pending]
+        return [*self._pool.starting, *self._pending]
 
     def owns(self, ref: ray.ObjectRef) -> bool:
-        return ref in self._pending or ref in self._starting
+        return ref in self._pending or ref in self._pool.starting
 
     def on_ready(self, ref: ray.ObjectRef, now: float) -> list[Event]:
         """Take in a finished reference of `pending_refs()`. Returns what is worth logging.
@@ -188,7 +170,7 @@ class BlockStream:
         Raises:
             UserError: from the producer (a bad corpus line, say), or too many producers died.
         """
-        if (starting := self._starting.pop(ref, None)) is not None:
+        if (starting := self._pool.starting.pop(ref, None)) is not None:
             return self._on_started(starting, now)
         pending = self._pending.pop(ref, None)
         if pending is None:  # of a producer that was replaced in the same round
@@ -197,11 +179,11 @@ class BlockStream:
             meta = self._get(ref)
         except RayActorError as error:
             return self._on_death(pending.producer, now, error)
-        self._roomy[pending.producer.slot] = None
         outcome = self._scheduler.complete(pending.producer.worker, pending.key, now)
+        events = self._after_delivery(pending.producer)
         if outcome != "accepted":
             self._totals["duplicates"] += 1
-            return [{"what": f"{outcome}_block", "split": pending.key.split, "block_id": pending.key.block_id}]
+            return [*events, {"what": f"{outcome}_block", "split": pending.key.split, "block_id": pending.key.block_id}]
         meta["node_id"] = (pending.producer.info or {}).get("node_id", "")  # in whose object store it lies
         self._blocks[pending.key] = (pending.block_ref, meta)
         self._totals["blocks"] += 1
@@ -210,7 +192,50 @@ class BlockStream:
             self._seconds[name] += meta[name]
         self._recent.append((now, meta["tokens"]))
         self._recent_tokens += meta["tokens"]
-        return []
+        return events
+
+    # -- how many producers -----------------------------------------------------------------------------
+
+    def observe(self, trainer: Trainer, now: float) -> list[Event]:
+        """Takes in what the trainer does now; adds or lets go producers where their number is a range.
+
+        A producer goes when its leases are done, so nothing is computed twice; which blocks there are, and what is in
+        them, does not depend on it.
+        """
+        ready = self._pool.ready
+        self._scaling.observe(Seen(trainer, ready, self._idle), now)
+        if self._scaling.least == self._scaling.most or self._pool.starting:
+            return []
+        if (wanted := self._scaling.wanted()) == ready:
+            return []
+        staying = [p for _, p in sorted(self._pool.slots.items()) if not p.leaving]
+        if len(staying) != ready:  # one is still on its way out
+            return []
+        events = []
+        for _ in range(wanted - ready):
+            self._pool.add(now)
+        for producer in staying[wanted:]:
+            producer.leaving = True
+            self._roomy.pop(producer.slot, None)
+            events += self._after_delivery(producer)
+        told = "more_producers" if wanted > ready else "fewer_producers"
+        return [{"what": told, "from": ready, "to": wanted, "because": self._scaling.because}, *events]
+
+    @property
+    def waits(self) -> Shares:
+        """Who has waited for whom, over the whole of what was observed."""
+        return self._scaling.total
+
+    def _after_delivery(self, producer: Producer) -> list[Event]:
+        """A producer that has a lease less: it has room for another, or it goes."""
+        if not producer.leaving:
+            self._roomy[producer.slot] = None
+            return []
+        if self._scheduler.works(producer.worker) or self._pool.slots.get(producer.slot) is not producer:
+            return []
+        self._scheduler.worker_died(producer.worker)
+        self._pool.remove(producer)
+        return [{"what": "producer_left", "producer": producer.slot}]
 
     # -- train blocks -----------------------------------------------------------------------------------
 
@@ -279,7 +304,7 @@ class BlockStream:
 
     def counters(self) -> dict[str, Any]:
         """tokens_per_s (all producers, last 30 s; None at first), held, leased, blocks, tokens, duplicates,
-        reissued, restarts, how many producers are ready, starting and idle (with room for a lease), and the producers'
+        reissued, restarts, how many producers are ready, starting and idle (without a lease), and the producers'
         summed seconds, corpus_seconds and forward_seconds."""
         now = time.monotonic()
         while self._recent and self._recent[0][0] < now - _RATE_SPAN_S:
@@ -294,9 +319,9 @@ class BlockStream:
             "held": self._scheduler.n_held,
             "leased": self._scheduler.n_leased,
             "restarts": self._restarts,
-            "ready": len(self._producers) - len(self._starting),
-            "starting": len(self._starting),
-            "idle": len(self._roomy),
+            "ready": self._pool.ready,
+            "starting": len(self._pool.starting),
+            "idle": self._idle,
             **self._totals,
             **self._seconds,
         }
@@ -306,6 +331,11 @@ class BlockStream:
         return self._scheduler.oldest_lease_s(now)
 
     # -- inside -----------------------------------------------------------------------------------------
+
+    @property
+    def _idle(self) -> int:
+        """Producers that serve and hold no lease, because nothing is up for one."""
+        return self._pool.ready - self._scheduler.n_working
 
     def _drop_lost(self) -> None:
         """Held blocks whose object died with its node are up for a lease again."""
@@ -319,19 +349,7 @@ class BlockStream:
         first = window * self._mix_blocks
         return [BlockKey("train", block_id) for block_id in range(first, first + self._mix_blocks)]
 
-    def _spawn(self, slot: int, generation: int, now: float) -> None:
-        activations = self._cfg.activations
-        remote_class: Any = ray.remote(self._producer_class)
-        actor = remote_class.options(
-            num_cpus=activations.cpus,
-            num_gpus=activations.gpus,
-            max_restarts=0,
-            runtime_env={"env_vars": _environment(activations.threads)},
-        ).remote(self._cfg.model_dump_json(), *self._extra)
-        ready_ref = actor.ready.remote()
-        self._producers[slot] = self._starting[ready_ref] = _Producer(slot, generation, actor, ready_ref, now)
-
-    def _on_started(self, producer: _Producer, now: float) -> list[Event]:
+    def _on_started(self, producer: Producer, now: float) -> list[Event]:
         try:
             info = self._get(producer.ready_ref)
         except RayActorError as error:
@@ -349,24 +367,26 @@ class BlockStream:
         self._roomy[producer.slot] = None
         return [{"what": "producer_ready", "producer": producer.slot, "generation": producer.generation, **info}]
 
-    def _on_death(self, producer: _Producer, now: float, error: Exception) -> list[Event]:
-        if self._producers.get(producer.slot) is not producer:
+    def _on_death(self, producer: Producer, now: float, error: Exception) -> list[Event]:
+        if self._pool.slots.get(producer.slot) is not producer:
             return []
         return [self._replace(producer, now, str(error).split("\n", 1)[0])]
 
-    def _replace(self, producer: _Producer, now: float, reason: str) -> Event:
+    def _replace(self, producer: Producer, now: float, reason: str) -> Event:
         """Put a new actor into the slot of a dead one and give up the dead one's leases."""
         reissued = self._scheduler.worker_died(producer.worker)
         for ref in [ref for ref, pending in self._pending.items() if pending.producer is producer]:
             del self._pending[ref]
-        self._starting.pop(producer.ready_ref, None)
         self._roomy.pop(producer.slot, None)
         self._restarts += 1
         self._totals["reissued"] += len(reissued)
         limit = self._cfg.activations.max_restarts
         if self._restarts > limit:
             raise UserError(f"producers died {self._restarts} times (activations.max_restarts = {limit}): {reason}")
-        self._spawn(producer.slot, producer.generation + 1, now)
+        if producer.leaving:
+            self._pool.remove(producer)
+        else:
+            self._pool.replace(producer, now)
         return {
             "what": "producer_died",
             "producer": producer.slot,
@@ -374,18 +394,13 @@ class BlockStream:
             "reissued": [f"{key.split}/{key.block_id}" for key in reissued],
         }
 
-    def _check_startup(self, now: float) -> None:
-        limit = self._cfg.ray.wait_s
-        late = [p for p in self._starting.values() if now - p.started > limit]
-        if not late:
-            return
-        activations = self._cfg.activations
-        free = ray.available_resources()
-        raise UserError(
-            f"{len(late)} of {activations.producers} producers did not start within ray.wait_s = {limit:g} s; each "
-            f"needs CPU {activations.cpus:g} and GPU {activations.gpus:g} (activations.cpus, activations.gpus), "
-            f"free now: CPU {free.get('CPU', 0):g}, GPU {free.get('GPU', 0):g}"
-        )
+    def _check_startup(self, now: float) -> list[Event]:
+        """Those that were to help and found no place are let go; raises UserError for those that are owed."""
+        late = self._pool.late(now)
+        for producer in late:
+            self._pool.remove(producer)
+            self._scaling.refused()
+        return [{"what": "producer_found_no_place", "producer": producer.slot} for producer in late]
 
     @staticmethod
     def _get(ref: ray.ObjectRef) -> dict[str, Any]:
@@ -396,15 +411,3 @@ class BlockStream:
             if isinstance(error.cause, UserError):
                 raise UserError(str(error.cause)) from None
             raise
-
-
-def _environment(threads: int) -> dict[str, str]:
-    """Environment of a producer: thread caps, the driver's caches and S3 settings."""
-    passed = ("HF_HUB_OFFLINE", "HF_HOME", "HF_HUB_CACHE", "SAE_RAY_CACHE")
-    return {
-        "OMP_NUM_THREADS": str(threads),
-        "RAYON_NUM_THREADS": str(threads),
-        "TOKENIZERS_PARALLELISM": "false",
-        **{name: os.environ[name] for name in passed if name in os.environ},
-        **aws_environment(),
-    }

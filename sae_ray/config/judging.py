@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from sae_ray.config.loop import LoopConfig
 from sae_ray.config.rewards import AlarmsConfig, RewardsConfig
-from sae_ray.config.sections import Dtype, Fraction, Positive, Seconds, Section
+from sae_ray.config.sections import Dtype, FencedSection, Fraction, Positive, Seconds, Section
 
 
 class AutoscalingConfig(Section):
@@ -43,7 +43,7 @@ class CalibrationConfig(Section):
     seed: int = 0
 
 
-class JudgeConfig(Section):
+class JudgeConfig(FencedSection):
     model: str = Field(
         "smollm2-135m-instruct", description="embedded model, Hugging Face id or folder that vLLM serves"
     )

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    field_validator,
+    model_validator,
+)
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -32,6 +41,11 @@ class RayConfig(Section):
     )
     wait_s: Seconds = Field(
         300, description="how long any actor may take to start before the run says what it waits for"
+    )
+    may_grow: bool = Field(
+        True,
+        description="whether a joined cluster may get more nodes, by an autoscaler or because they still start; false: "
+        "a run that its nodes can never hold ends at once",
     )
 
     @field_validator("address")
@@ -87,8 +101,69 @@ class CorpusConfig(Section):
         return self
 
 
-class ActivationsConfig(Section):
-    producers: Positive = Field(2, description="actors that run the LM forward; their number never changes a loss")
+_NAME = r"[A-Za-z0-9]([A-Za-z0-9_.\-]{0,61}[A-Za-z0-9])?"
+
+
+def _custom_resource(name: str) -> str:
+    key = {"cpu": "cpus", "gpu": "gpus"}.get(name.lower())
+    if key is not None or name.lower() in ("memory", "object_store_memory") or not re.fullmatch(_NAME, name):
+        raise ValueError("is no custom resource" + (f": set {key} beside it" if key else ""))
+    return name
+
+
+def _label_name(name: str) -> str:
+    if not re.fullmatch(rf"([A-Za-z0-9.\-]{{1,253}}/)?{_NAME}", name):
+        raise ValueError("is no label's name; one looks like sae-ray/role")
+    return name
+
+
+def _label_value(asked: str) -> str:
+    if not re.fullmatch(rf"!?({_NAME}|in\({_NAME}(, ?{_NAME})*\))", asked):
+        raise ValueError("selects nothing; expected a, !a, in(a, b) or !in(a, b)")
+    return asked
+
+
+class FencedSection(Section):
+    """Of actors that may be kept to some nodes, and other actors away from those."""
+
+    resources: dict[Annotated[str, AfterValidator(_custom_resource)], Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict, description="custom resources that each asks for, so that it goes where they are offered"
+    )
+    label_selector: dict[Annotated[str, AfterValidator(_label_name)], Annotated[str, AfterValidator(_label_value)]] = (
+        Field(
+            default_factory=dict,
+            description="labels of the nodes that may hold it: {sae-ray/role: judge}; also !judge, in(a, b), !in(a, b)",
+        )
+    )
+
+
+class ProducerRange(Section):
+    min: Positive
+    max: Positive
+
+
+def _number_or_range(value: Any) -> int | ProducerRange:
+    """One message for both forms, where pydantic would give one for each."""
+    if isinstance(value, ProducerRange) or (type(value) is int and value > 0):
+        return value
+    if isinstance(value, dict) and value.keys() <= {"min", "max"}:
+        least, most = value.get("min", 1), value.get("max")
+        if type(least) is type(most) is int and 0 < least <= most:
+            return ProducerRange(min=least, max=most)
+    where = "activations.producers: " if isinstance(value, dict) else ""
+    raise ValueError(f"{where}expected a number above 0, or {{min: 1, max: 8}} with min <= max")
+
+
+def _written(value: int | ProducerRange) -> Any:
+    return value if isinstance(value, int) else value.model_dump()
+
+
+class ActivationsConfig(FencedSection):
+    producers: Annotated[int | ProducerRange, PlainValidator(_number_or_range), PlainSerializer(_written)] = Field(
+        2,
+        description="actors that run the LM forward; their number never changes a loss. {min: 1, max: 8}: as many as "
+        "keep the trainer busy",
+    )
     block_sequences: Positive = Field(16, description="sequences per block: one forward, one lease")
     mix_blocks: Positive = Field(4, description="blocks whose tokens are permuted together before batching")
     window_blocks: Positive = Field(12, description="blocks leased or held and not yet trained, at most")
@@ -106,6 +181,14 @@ class ActivationsConfig(Section):
         description="read blocks from this activation store (folder or s3://bucket/prefix, made by `sae-ray store`) "
         "instead of running the model",
     )
+
+    @property
+    def least_producers(self) -> int:
+        return self.producers if isinstance(self.producers, int) else self.producers.min
+
+    @property
+    def most_producers(self) -> int:
+        return self.producers if isinstance(self.producers, int) else self.producers.max
 
     @model_validator(mode="after")
     def _window_holds_two_mixes(self) -> ActivationsConfig:
@@ -204,7 +287,7 @@ class SAEConfig(Section):
         return self
 
 
-class TrainerConfig(Section):
+class TrainerConfig(FencedSection):
     dp: Positive = 1
     tp: Positive = 2
     batch_tokens: Positive = Field(1024, description="tokens per step over all dp ranks")

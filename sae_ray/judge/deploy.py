@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,12 +53,14 @@ class JudgeApp:
         run_name: makes an own application's name unique on a shared cluster.
         keep_serve: leave Serve itself running after the application is deleted; for a Ray that ends with the run.
         role: which of the run's judges it is.
+        build: makes the Serve application of `cfg`; None: `build_app`.
     """
 
     cfg: JudgeConfig
     run_name: str
     keep_serve: bool = False
     role: Role = SCORER
+    build: Callable[[JudgeConfig], Any] | None = None
     _deploying: Any = field(default=None, init=False)
     _owns_serve: bool = field(default=False, init=False)
 
@@ -86,7 +89,7 @@ class JudgeApp:
         passed = ("HF_", "VLLM_", "AWS_", "SAE_RAY_CACHE")
         env = {"env_vars": {k: v for k, v in replica_env(self.cfg).items() if k.startswith(passed)}}
         self._deploying = _deploy.options(num_cpus=0, runtime_env=env).remote(
-            self.cfg, self.name, [] if after is None else [after]
+            self.cfg, self.name, [] if after is None else [after], self.build or build_app
         )
 
     def ready(self, timeout: float) -> bool:
@@ -177,7 +180,7 @@ def serve_is_up() -> bool:
 
 
 @ray.remote(max_retries=0)
-def _deploy(cfg: JudgeConfig, name: str, after: list[Any]) -> None:
+def _deploy(cfg: JudgeConfig, name: str, after: list[Any], build: Callable[[JudgeConfig], Any]) -> None:
     """Submit the application; does not wait for replicas, only for the tasks `after`, however they end."""
     from ray import serve
 
@@ -188,7 +191,7 @@ def _deploy(cfg: JudgeConfig, name: str, after: list[Any]) -> None:
     for chatty in ("ray.serve", "ray.llm"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     serve.start(proxy_location="Disabled", logging_config=_QUIET)
-    serve._run(build_app(cfg), name=name, route_prefix=None, logging_config=_QUIET, _blocking=False)
+    serve._run(build(cfg), name=name, route_prefix=None, logging_config=_QUIET, _blocking=False)
 
 
 def build_app(cfg: JudgeConfig) -> Any:
@@ -259,6 +262,8 @@ def deployment_options(cfg: JudgeConfig) -> dict[str, Any]:
             "upscaling_factor": scaling.upscaling_factor,
         },
         "ray_actor_options": {"num_cpus": cfg.cpus},
+        # One for all bundles. The replica's actor is in the first one, and goes where that goes.
+        **({"placement_group_bundle_label_selector": [dict(cfg.label_selector)]} if cfg.label_selector else {}),
         # A busy CPU engine may be slow to say that it is well; a wrong restart costs a whole start-up.
         "health_check_period_s": 10,
         "health_check_timeout_s": 60,
@@ -277,11 +282,12 @@ def placement(cfg: JudgeConfig) -> dict[str, Any]:
     """Bundles of one replica. Ray Serve LLM adds the replica actor's own CPUs to the first one.
 
     On CPU the engine's processes are the replica's children, so they ask for nothing more (the default would reserve
-    one more CPU each); on GPU there is one bundle per tensor-parallel worker.
+    one more CPU each); on GPU there is one bundle per tensor-parallel worker. Custom resources are each bundle's, not
+    the actor's: Ray Serve LLM would ask for those of the actor once more.
     """
     if not cfg.gpus:
-        return {"bundles": [{"CPU": 0}], "strategy": "STRICT_PACK"}
-    return {"bundle_per_worker": {"GPU": cfg.gpus}, "strategy": "PACK"}
+        return {"bundles": [{"CPU": 0, **cfg.resources}], "strategy": "STRICT_PACK"}
+    return {"bundle_per_worker": {"GPU": cfg.gpus, **cfg.resources}, "strategy": "PACK"}
 
 
 def engine_kwargs(cfg: JudgeConfig) -> dict[str, Any]:

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from sae_ray.config import RunConfig
 from sae_ray.errors import UserError
+from sae_ray.placement import trainer_ask
+from sae_ray.reservation import Reservation, wait_placed
 from sae_ray.storage import absolute, aws_environment
 from sae_ray.trainer import checkpoint
 from sae_ray.trainer.rank import TrainerRank, WindowResult
@@ -36,27 +36,34 @@ class TrainerGroup:
         self.config, self.widths, self.generation = config, widths, generation
         self.has_control = False
         self.pids: list[int] = []  # of the ranks
+        self.addresses: list[str] = []  # of their nodes
         self._ranks: list[Any] = []
-        self._placements: list[PlacementGroup] = []
+        self._own: Reservation | None = None
 
     # -- life and death -------------------------------------------------------------------------------
 
     @classmethod
     def start(
-        cls, config: RunConfig, widths: dict[str, int], generation: int, on_wait: Callable[[str], None] = lambda _: None
+        cls,
+        config: RunConfig,
+        widths: dict[str, int],
+        generation: int,
+        on_wait: Callable[[str], None] = lambda _: None,
+        place: Reservation | None = None,
     ) -> TrainerGroup:
         """Reserves the resources, starts the ranks and connects them.
 
         Args:
             widths: hook name -> width of its activations, for every hook point of the blocks.
             on_wait: told about once a second what is being waited for; may raise to give up.
+            place: resources that the caller has reserved, and keeps when the group stops; None: the group's own.
         Raises:
             UserError: the cluster cannot place the ranks within `ray.wait_s` (missing resources are named).
             RankDied: a rank ended or did not answer while connecting.
         """
         group = cls(config, widths, generation)
         try:
-            group._place(on_wait)
+            group._place(place, on_wait)
             group._connect(on_wait)
         except BaseException:
             group.stop()
@@ -67,9 +74,9 @@ class TrainerGroup:
         """Ends all ranks and frees their resources; safe to call twice."""
         for rank in self._ranks:
             ray.kill(rank, no_restart=True)
-        for placement in self._placements:
-            remove_placement_group(placement)
-        self._ranks, self._placements, self.pids = [], [], []
+        if self._own is not None:
+            self._own.release()
+        self._ranks, self._own, self.pids = [], None, []
 
     @property
     def rank_handles(self) -> list[Any]:
@@ -172,47 +179,29 @@ class TrainerGroup:
 
     # -- starting -------------------------------------------------------------------------------------
 
-    def _place(self, on_wait: Callable[[str], None]) -> None:
-        trainer, wait_s = self.config.trainer, self.config.ray.wait_s
-        need = {"CPU": trainer.cpus} | ({"GPU": trainer.gpus} if trainer.gpus else {})
-        self._placements = [placement_group([need] * trainer.tp, strategy="STRICT_PACK") for _ in range(trainer.dp)]
-        waiting = [placement.ready() for placement in self._placements]
-        ends = time.monotonic() + wait_s
-        while waiting:
-            _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_S)
-            if waiting and time.monotonic() > ends:
-                raise UserError(self._missing(need, trainer.dp - len(waiting)))
-            if waiting:
-                on_wait(f"a place for {len(waiting)} x {trainer.tp} trainer ranks")
+    def _place(self, place: Reservation | None, on_wait: Callable[[str], None]) -> None:
+        trainer = self.config.trainer
+        if place is None:
+            place = self._own = Reservation(trainer_ask(trainer))
+        wait_placed([place], self.config.ray, on_wait)
         actor = ray.remote(TrainerRank)
         self._ranks = [
             actor.options(
                 num_cpus=trainer.cpus,
                 num_gpus=trainer.gpus,
+                resources=dict(trainer.resources),
                 max_restarts=0,
                 runtime_env={"env_vars": aws_environment()},
-                scheduling_strategy=PlacementGroupSchedulingStrategy(placement, index),
+                scheduling_strategy=place.at(replica),
             ).remote(self.config.model_dump_json(), self.widths)
-            for placement in self._placements
-            for index in range(trainer.tp)
+            for replica in range(trainer.dp)
+            for _ in range(trainer.tp)
         ]
-
-    def _missing(self, need: dict[str, float], placed: int) -> str:
-        trainer = self.config.trainer
-        free, total = ray.available_resources(), ray.cluster_resources()
-        parts = [
-            f"{amount * trainer.tp:g} {name} (free: {free.get(name, 0):g} of {total.get(name, 0):g})"
-            for name, amount in need.items()
-        ]
-        return (
-            f"trainer: {placed} of {trainer.dp} tensor-parallel groups found a place within "
-            f"{self.config.ray.wait_s:g} s (ray.wait_s); each needs on one node {' and '.join(parts)}: "
-            "add a node, or lower trainer.tp, trainer.dp, trainer.cpus or trainer.gpus"
-        )
 
     def _connect(self, on_wait: Callable[[str], None]) -> None:
         wait_s, world = self.config.ray.wait_s, len(self._ranks)
         places = self._all("trainer ranks to start", "node_address", timeout=wait_s, on_wait=on_wait)
+        self.addresses = [address for address, _ in places]
         one_node = len({node for _, node in places}) == 1
         address, port = ("127.0.0.1" if one_node else places[0][0]), 0
         if world > 1:

@@ -30,6 +30,7 @@ from sae_ray.config import AutoscalingConfig, JudgeConfig
 from sae_ray.config_file import load_config
 from sae_ray.errors import UserError
 from sae_ray.judge.deploy import llm_config
+from sae_ray.placement import selected
 
 CLUSTER_SPEC = only(CLUSTERFILE)["spec"]
 
@@ -94,6 +95,9 @@ def test_the_job_trains_a_config_of_the_image_on_this_cluster() -> None:
     assert config.trainer.tp * config.trainer.gpus <= types["trainers"]["resources"]["GPU"]
     assert config.activations.gpus <= types["producers"]["resources"]["GPU"]
     assert config.judge.gpus <= types["judges"]["resources"]["GPU"]
+    # Each part is kept to its own group.
+    for section, group in ((config.activations, "producers"), (config.trainer, "trainers"), (config.judge, "judges")):
+        assert [name for name, each in types.items() if selected(each["labels"], section.label_selector)] == [group]
     with pytest.raises(UserError, match=r"ray\.adress"):
         config_of(job["spec"]["entrypoint"].replace("ray.address", "ray.adress"))
 

@@ -196,13 +196,51 @@ def test_a_hung_producer_is_replaced_when_its_lease_times_out(reference):
 @pytest.mark.usefixtures("shared")
 def test_producers_that_find_no_place_say_what_they_need():
     stream = BlockStream(config(activations={"cpus": 64}, ray={"wait_s": 2}))
-    messages: list[str] = []
     try:
-        with pytest.raises(UserError, match=r"needs CPU 64 and GPU 0 .*free now: CPU \d"):
-            stream.start(on_wait=messages.append)
+        with pytest.raises(
+            UserError, match=r"holds at most 0 of 2 of the producers' places.* needs 64 CPU .* of 8 CPU"
+        ):
+            stream.start()
     finally:
         stream.stop()
-    assert messages[0] == "0 of 2 producers ready"
+
+
+def test_producers_that_come_and_go_between_leases_change_no_block(shared, reference):
+    stream = BlockStream(config(activations={"producers": {"min": 1, "max": 2}}), scaled=True)
+    wanted = 1
+    stream._scaling.wanted = lambda: wanted  # type: ignore[method-assign]
+    events: list[dict] = []
+
+    def follow(window: int) -> None:
+        deadline = time.monotonic() + 300
+        while not stream.window_ready(window):
+            assert time.monotonic() < deadline, stream.counters()
+            events.extend([*stream.observe("starves", time.monotonic()), *turn(stream)])
+        for block_id, ref in zip((2 * window, 2 * window + 1), stream.window_refs(window), strict=True):
+            assert_equals_reference(reference, "train", block_id, ref)
+        stream.trained(window)
+
+    try:
+        stream.start()
+        follow(0)
+        wanted = 2
+        deadline = time.monotonic() + 300
+        while stream.counters()["producers"] < 2:
+            assert time.monotonic() < deadline, stream.counters()
+            events.extend([*stream.observe("starves", time.monotonic()), *turn(stream)])
+        follow(1)
+        wanted = 1
+        follow(2)
+        follow(3)
+        assert [event["what"] for event in events if "producers" in event["what"]] == [
+            "more_producers",
+            "fewer_producers",
+        ]
+        assert any(event["what"] == "producer_left" for event in events)
+        counters = stream.counters()
+        assert (counters["producers"], counters["restarts"], counters["reissued"]) == (1, 0, 0)
+    finally:
+        stream.stop()
 
 
 def test_an_error_for_the_user_crosses_the_actor_boundary(tmp_path):

@@ -62,7 +62,7 @@ def test_a_run_can_be_watched_while_it_trains(tmp_path: Path, s3: S3Server) -> N
         assert found is not None
         assert found["state"] == "running"
         of_run = found["status"]["measures"]
-        assert {"trainer_wait_share", "producer_busy_share", "commit_age_s", "oldest_lease_s"} <= of_run.keys()
+        assert {"trainer_wait_share", "producers_idle_share", "commit_age_s", "oldest_lease_s"} <= of_run.keys()
         assert 0 <= of_run["trainer_wait_share"] <= 1
         assert of_run["producers_ready"] == 1
         # All that has a value is told to Prometheus, under the name that the dashboard asks for.

@@ -48,6 +48,34 @@ def test_a_gpu_replica_is_config_only() -> None:
     assert "VLLM_CPU_OMP_THREADS_BIND" not in replica_env(JudgeConfig(gpus=1))
 
 
+def test_a_fenced_replica_asks_for_its_resources_once_and_for_labelled_nodes() -> None:
+    fence: dict[str, Any] = {"resources": {"judge": 0.5}, "label_selector": {"sae-ray/role": "judge"}}
+    made = llm_config(JudgeConfig(**fence))
+    assert made["placement_group_config"]["bundles"] == [{"CPU": 0, "judge": 0.5}]
+    # The actor lies in the first bundle; what it asked for itself, Ray Serve LLM would add to that.
+    assert made["deployment_config"]["ray_actor_options"] == {"num_cpus": 1}
+    assert made["deployment_config"]["placement_group_bundle_label_selector"] == [{"sae-ray/role": "judge"}]
+    assert placement(JudgeConfig(gpus=1, **fence))["bundle_per_worker"] == {"GPU": 1, "judge": 0.5}
+    assert "placement_group_bundle_label_selector" not in llm_config(JudgeConfig())["deployment_config"]
+    assert judges_of(run({"heldout": {"resources": {"big": 1}}}, **fence))["heldout"].resources == {"big": 1}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("resources", {"GPU": 1}, "set gpus beside it"),
+        ("resources", {"memory": 1e9}, "is no custom resource"),
+        ("resources", {"judge": 0}, "greater than 0"),
+        ("label_selector", {"role": "a judge"}, "selects nothing"),
+        ("label_selector", {"a role": "judge"}, "is no label's name"),
+        ("label_selector", {"role": "in(a, b"}, "selects nothing"),
+    ],
+)
+def test_a_fence_that_ray_would_refuse_is_refused_by_the_config(key: str, value: Any, said: str) -> None:
+    with pytest.raises(UserError, match=rf"judge\.{key}.*{said}"):
+        run(**{key: value})
+
+
 def test_autoscaling_is_what_the_config_says_and_never_a_default() -> None:
     scaling = AutoscalingConfig(min_replicas=0, initial_replicas=1, max_replicas=3, downscale_delay_s=7)
     options = llm_config(JudgeConfig(autoscaling=scaling))["deployment_config"]
