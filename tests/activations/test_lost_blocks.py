@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import ray
 
+from sae_ray.activations import pool as pool_module
 from sae_ray.activations import stream as stream_module
 from sae_ray.activations.stream import BlockStream
 from sae_ray.config import RunConfig
@@ -63,6 +64,10 @@ class FakeRay:
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     fake = FakeRay()
     monkeypatch.setattr(stream_module, "ray", fake)
+    monkeypatch.setattr(pool_module, "ray", fake)
+    place = SimpleNamespace(at=lambda _: None)  # there is room at once
+    monkeypatch.setattr(pool_module, "Reservation", lambda _: place)
+    monkeypatch.setattr(pool_module, "wait_placed", lambda *_: None)
     return fake
 
 
