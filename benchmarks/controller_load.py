@@ -29,12 +29,14 @@ from rich.table import Table
 import sae_ray.activations.pool as pool_module
 import sae_ray.activations.stream as stream_module
 import sae_ray.controller as controller_module
+import sae_ray.measures as measures_module
 import sae_ray.telemetry as telemetry_module
 import sae_ray.trainer.pipeline as pipeline_module
 from sae_ray.activations.stream import BlockStream
 from sae_ray.config import RunConfig
 from sae_ray.config_file import parse_config
 from sae_ray.controller import Controller
+from sae_ray.measures import Measures
 from sae_ray.telemetry import RateMeter, RunStatus
 from sae_ray.trainer.mixing import Cursor
 from sae_ray.trainer.pipeline import WindowPipeline
@@ -139,10 +141,11 @@ class _Place:
 
 
 class _Silent:
-    """A desk, a log, a screen or measures that have nothing to say."""
+    """A desk, a log, a screen or gauges that have nothing to say."""
 
     counters: dict[str, Any] = {}  # noqa: RUF012
     calibrated = round_open = False
+    round_age_s = 0.0
 
     def pending_refs(self) -> list[Ref]:
         return []
@@ -152,11 +155,7 @@ class _Silent:
 
     def pump(self, *_: Any) -> None: ...
 
-    def committed(self) -> None: ...
-
-    def waited(self, *_: Any) -> None: ...
-
-    def show(self, *_: Any) -> None: ...
+    def set(self, *_: Any) -> None: ...
 
     def event(self, *_: Any, **__: Any) -> None: ...
 
@@ -171,15 +170,15 @@ class DrivenController(Controller):
     def __init__(self, config: RunConfig, ray: FakeRay, ranks: int, window_s: float) -> None:
         silent: Any = _Silent()
         self.config, self.status, self.interrupt = config, RunStatus(), type("Never", (), {"requested": False})()
-        self.desk = self.log = self.progress = self.measures = silent
+        self.desk = self.log = self.progress = silent
+        self.measures = Measures("load", silent)
         self.stream = BlockStream(config, scaled=True)
         self.place = None
         self.committed_step = self.saved_step = self.rounds_done = self.generation = 0
         self.saving = None
         self.group = _Group(ray, ranks, window_s)  # type: ignore[assignment]
         self.pipeline = WindowPipeline(config, self.group, Cursor(0, 0), 0)
-        self._rates = RateMeter()
-        self._round_wait_s = None
+        self.rates = RateMeter()
 
 
 class _Clock:
@@ -190,7 +189,7 @@ class _Clock:
 @contextmanager
 def stand_in(ray: FakeRay) -> Iterator[None]:
     """Puts the stand-in, and its clock, where the driver's modules look for `ray` and `time`."""
-    modules = (stream_module, pool_module, controller_module, pipeline_module, telemetry_module)
+    modules = (stream_module, pool_module, controller_module, measures_module, pipeline_module, telemetry_module)
     places = [(module, name) for module in modules for name in ("ray", "time") if hasattr(module, name)]
     places += [(pool_module, name) for name in ("Reservation", "wait_placed")]
     stands_for = {"ray": ray, "time": _Clock(ray), "Reservation": _Place, "wait_placed": lambda *_: None}

@@ -74,17 +74,12 @@ class Controller:
         self.group: TrainerGroup
         self.pipeline: WindowPipeline
         self._evidence: list[ray.ObjectRef] = []
-        self._rates = RateMeter()
-        self._round_wait_s: float | None = None  # how long the trainer last stood still for a round
+        self.rates = RateMeter()
 
     @property
     def submitted_step(self) -> int:
         """Steps handed to the ranks so far."""
         return self.pipeline.step
-
-    @property
-    def steps_per_s(self) -> float | None:
-        return self._rates.steps_per_s()
 
     # -- phases ---------------------------------------------------------------------------------------
 
@@ -218,7 +213,8 @@ class Controller:
             elif (trained := self.pipeline.on_ready(ref)) is not None:
                 self._on_window(trained)
         self.pipeline.check_deadlines()
-        self._show()
+        self.measures.show(self)
+        self.progress.refresh()
 
     def _on_window(self, trained: TrainedWindow) -> None:
         if trained.ends_window:
@@ -230,7 +226,7 @@ class Controller:
         self.log.metrics([row | {"rank_tokens_per_s": rate} for row in result.metrics])
         status.step = result.last_step
         status.tokens += result.tokens
-        self._rates.add(result.tokens, result.last_step)
+        self.rates.add(result.tokens, result.last_step)
         if result.metrics:
             last = result.metrics[-1]
             status.fvu, status.l0, status.dead_fraction = last["fvu"], last["l0"], last["dead_fraction"]
@@ -364,9 +360,8 @@ class Controller:
             self.progress.phase("RLAIF", f"step {self.submitted_step}: waiting for round {number + 1}")
         began = time.monotonic()
         self._wait_while(lambda: self.desk.round_open, Deadline(float("inf"), "a round"))
-        self._round_wait_s = time.monotonic() - began
-        self.measures.waited("round", self._round_wait_s)
-        self._rates.restart()
+        self.measures.waited("round", time.monotonic() - began)
+        self.rates.restart()
         self.progress.phase("RLAIF", f"round {self.rounds_done} of {self.config.rlaif.rounds} applied")
 
     def _on_judged(self, answer: Calibrated | JudgedRound) -> None:
@@ -410,28 +405,6 @@ class Controller:
         self.progress.refresh()
         if self.interrupt.requested:
             raise RunInterrupted("stopped before training began")
-
-    def _show(self) -> None:
-        status, stream = self.status, self.stream.counters()
-        status.producer_tokens_per_s = stream["tokens_per_s"]
-        status.blocks_held, status.blocks_leased = stream["held"], stream["leased"]
-        status.trainer_tokens_per_s = self._rates.tokens_per_s()
-        status.seconds_left = self._seconds_left()
-        if counters := self.desk.counters:
-            status.judge_queue, status.verdicts = counters["queue"], counters["verdicts"]
-            status.verdicts_per_s = counters["verdicts_per_s"]
-            if not self.desk.calibrated:
-                status.judge = counters["state"]
-        self.measures.show(self)
-        self.progress.refresh()
-
-    def _seconds_left(self) -> float | None:
-        """Until the last step: steps at the recent rate, and the waits for rounds to come at the last one's length."""
-        steps_per_s = self._rates.steps_per_s()
-        rounds_left = self.config.rlaif.rounds - self.rounds_done if self.config.rlaif.judged else 0
-        if steps_per_s is None or (rounds_left and self._round_wait_s is None):
-            return None
-        return (self.config.total_steps - self.status.step) / steps_per_s + rounds_left * (self._round_wait_s or 0)
 
     def prepare_evaluation(self) -> None:
         """Frees the trainer's place and the desk; producers and judges stay for the evaluation."""

@@ -98,16 +98,21 @@ class Share:
 
 
 class Measures:
-    """Told of what happens in a run; `show` looks at the rest, once a second at most."""
+    """Told of what happens in a run; `show` looks at the rest.
 
-    def __init__(self, run: str):
-        self._gauges = Gauges(run)
+    Args:
+        gauges: that are set; None: this run's, on Ray's endpoint.
+    """
+
+    def __init__(self, run: str, gauges: Gauges | None = None):
+        self._gauges = gauges or Gauges(run)
         self._trainer, self._producers = Share(), Share()
         self._committed = self._judged = self._empty = time.monotonic()
         self._shown = 0.0
         self._verdicts = 0
         self._judged_at: int | None = None
         self._waited = {"save": 0.0, "round": 0.0}
+        self._round_s: float | None = None  # the last wait for a round
 
     def committed(self) -> None:
         self._committed = time.monotonic()
@@ -118,9 +123,12 @@ class Measures:
     def waited(self, what: str, seconds: float) -> None:
         """The trainer stood still for a "save" or a "round"."""
         self._waited[what] += seconds
+        if what == "round":
+            self._round_s = seconds
 
     def show(self, run: Controller) -> None:
-        """Sets every gauge that has a value, and `run.status.measures`."""
+        """Brings `run.status` up to date; once a second its `measures` too, and every gauge that has a value."""
+        self._look(run)
         now = time.monotonic()
         if now - self._shown < EVERY_S:
             return
@@ -132,6 +140,26 @@ class Measures:
                 self._gauges.set(name, value)
         for name, value in run.status.measures.items():
             self._gauges.set(name, value)
+
+    def _look(self, run: Controller) -> None:
+        status, stream = run.status, run.stream.counters()
+        status.producer_tokens_per_s = stream["tokens_per_s"]
+        status.blocks_held, status.blocks_leased = stream["held"], stream["leased"]
+        status.trainer_tokens_per_s = run.rates.tokens_per_s()
+        status.seconds_left = self.seconds_left(run)
+        if counters := run.desk.counters:
+            status.judge_queue, status.verdicts = counters["queue"], counters["verdicts"]
+            status.verdicts_per_s = counters["verdicts_per_s"]
+            if not run.desk.calibrated:
+                status.judge = counters["state"]
+
+    def seconds_left(self, run: Controller) -> float | None:
+        """Until the last step: steps at the recent rate, and the waits for rounds to come at the last one's length."""
+        rlaif, steps_per_s = run.config.rlaif, run.rates.steps_per_s()
+        rounds_left = rlaif.rounds - run.rounds_done if rlaif.judged else 0
+        if steps_per_s is None or (rounds_left and self._round_s is None):
+            return None
+        return (run.config.total_steps - run.status.step) / steps_per_s + rounds_left * (self._round_s or 0)
 
     def measure(self, run: Controller, now: float) -> dict[str, float | None]:
         """All of `MEASURED`; None for what has no value yet. `now`: of `time.monotonic`."""
@@ -146,7 +174,7 @@ class Measures:
             self._empty = now
         saving = run.saving
         return {
-            "steps_per_s": run.steps_per_s,
+            "steps_per_s": run.rates.steps_per_s(),
             "producers_ready": stream["ready"],
             "producers_starting": stream["starting"],
             "producers_idle": stream["idle"],

@@ -32,12 +32,17 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def a_run(**changes: Any) -> Any:
     """What `Measures` looks at of a controller."""
-    counters = {"ready": 2, "starting": 1, "idle": 0, "restarts": 3, "reissued": 4, "duplicates": 5}
+    counters = {
+        "ready": 2, "starting": 1, "idle": 0, "restarts": 3, "reissued": 4, "duplicates": 5, "tokens_per_s": 800.0,
+        "held": 9, "leased": 3,
+    }  # fmt: skip
     run = SimpleNamespace(
         stream=SimpleNamespace(counters=lambda: counters, oldest_lease_s=lambda now: 6.0, waits=Shares()),
         pipeline=Pipeline(),
-        desk=SimpleNamespace(round_age_s=0.0, round_open=False, round_step=0),
-        status=RunStatus(), saving=None, steps_per_s=None, submitted_step=50, committed_step=40, generation=1,
+        desk=SimpleNamespace(round_age_s=0.0, round_open=False, round_step=0, counters={}),
+        rates=SimpleNamespace(steps_per_s=lambda: 2.0, tokens_per_s=lambda: 500.0),
+        config=SimpleNamespace(total_steps=100, rlaif=SimpleNamespace(rounds=4, judged=False)),
+        status=RunStatus(), saving=None, submitted_step=50, committed_step=40, generation=1,
         rounds_done=0,
     )  # fmt: skip
     vars(run).update(changes)
@@ -121,9 +126,36 @@ def test_waits_add_up_and_a_save_has_an_age(clock):
     assert (found["save_wait_s"], found["round_wait_s"], found["save_age_s"]) == (3.5, 3.0, 9.0)
 
 
+def test_the_screen_is_up_to_date_at_every_turn(clock):
+    told = Measures("run")
+    run = a_run()
+    told.show(run)
+    run.desk.counters = {"queue": 7, "verdicts": 12, "verdicts_per_s": 1.5, "state": "loading"}
+    run.desk.calibrated = False
+    told.show(run)
+    status = run.status
+    assert (status.blocks_held, status.blocks_leased, status.judge_queue, status.judge) == (9, 3, 7, "loading")
+    assert (status.producer_tokens_per_s, status.trainer_tokens_per_s) == (800, 500)
+
+
+def test_what_is_left_counts_the_rounds_to_come_as_the_last_one(clock):
+    told = Measures("run")
+    run = a_run()
+    run.status.step = 60
+    assert told.seconds_left(run) == 40 / 2
+    run.config.rlaif.judged, run.rounds_done = True, 1
+    assert told.seconds_left(run) is None, "no round was waited for yet"
+    told.waited("round", 50.0)
+    told.waited("round", 30.0)
+    told.waited("save", 5.0)
+    assert told.seconds_left(run) == 40 / 2 + 3 * 30
+    run.rates.steps_per_s = lambda: None
+    assert told.seconds_left(run) is None
+
+
 def test_everything_that_is_measured_is_set_once_a_second_and_shown(clock):
     told = Measures("run")
-    run = a_run(steps_per_s=2.0)
+    run = a_run()
     run.status.step = 48
     told.show(run)
     gauges: Any = told._gauges
