@@ -305,7 +305,7 @@ def test_a_role_may_leave_the_endpoint_and_takes_its_key_along() -> None:
     judge = {"endpoint": "https://h/v1", "endpoint_model": "m", "api_key_env": "KEY"}
     made = judges_of(run({"heldout": {"endpoint": None, "model": "x"}}, **judge))
     assert (made["heldout"].endpoint, made["heldout"].endpoint_model, made["heldout"].api_key_env) == (None,) * 3
-    assert made["explainer"].endpoint == "http://h/v1"
+    assert made["explainer"].endpoint == "https://h/v1"
 
 
 def test_roles_share_an_application_exactly_if_the_same_thing_would_be_deployed() -> None:
