@@ -76,6 +76,11 @@ def test_an_option_is_one_of_those_that_were_named_or_a_failure(answer, options)
     assert found is None or found in options
 
 
+def test_an_answer_without_an_option_does_not_name_the_option_none():
+    assert parse_option("{}", "option", ["None"]) is None
+    assert parse_option('{"option": null}', "option", ["None"]) == "None"
+
+
 @tries(0.08)
 @given(
     pieces=st.lists(st.one_of(WORDS, st.sampled_from(['"', "\\", '": 3', "\n", " a"])), max_size=6),

@@ -300,7 +300,7 @@ def parse_option(answer: str, key: str, options: Sequence[str]) -> str | None:
     try:
         found = json.loads(answer)
         if isinstance(found, dict):
-            return str(found[key]) if str(found.get(key)) in options else None
+            return str(found[key]) if key in found and str(found[key]) in options else None
     except (ValueError, RecursionError):
         pass
     words = "|".join(re.escape(option) for option in options)
