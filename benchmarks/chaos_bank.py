@@ -20,8 +20,8 @@ from sae_ray.reward.bank import SCHEMA, VerdictBank
 from sae_ray.storage import LocalStorage
 
 SEGMENTS, PER_SEGMENT = 40, 60
-# Between two segments, as verdicts take their time: however fast the machine is, a writer is far from its end when it is
-# killed, at most so long after its first segment.
+# Between two segments, as verdicts take their time; and how long after its first one a writer lives at most. However
+# fast the machine is, it is far from its end then.
 PAUSE_S, KILLED_WITHIN_S = 0.005, 0.015
 
 
