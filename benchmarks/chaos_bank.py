@@ -20,6 +20,9 @@ from sae_ray.reward.bank import SCHEMA, VerdictBank
 from sae_ray.storage import LocalStorage
 
 SEGMENTS, PER_SEGMENT = 40, 60
+# Between two segments, as verdicts take their time; and how long after its first one a writer lives at most. However
+# fast the machine is, it is far from its end then.
+PAUSE_S, KILLED_WITHIN_S = 0.005, 0.015
 
 
 def verdicts(seed: int) -> list[dict[str, Any]]:
@@ -46,6 +49,7 @@ def work(folder: str, seed: int) -> None:
         bank.append(asked[first : first + PER_SEGMENT])
         with (fuses.folder / "alive").open("a") as file:
             file.write(f"{time.time()}\n")
+        time.sleep(PAUSE_S)
 
 
 def disturb(folder: Path, seed: int, kills: int) -> tuple[list[dict[str, Any]], list[str]]:
@@ -61,7 +65,7 @@ def disturb(folder: Path, seed: int, kills: int) -> tuple[list[dict[str, Any]], 
         if len(struck) < kills:
             while process.is_alive() and len(_alive(chaos)) <= len(before):
                 time.sleep(0.002)
-            time.sleep(rng.uniform(0, 0.05))
+            time.sleep(rng.uniform(0, KILLED_WITHIN_S))
             at = time.time()
             process.kill()
             process.join()

@@ -14,7 +14,6 @@ import random
 import signal
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -198,10 +197,3 @@ class _Killer:
 def _said(config: RunConfig) -> str:
     path = config.run_dir / "chaos" / "said.txt"
     return path.read_text()[-500:] if path.exists() else "said nothing"
-
-
-def timed(config: RunConfig, environment: dict[str, str] | None = None, **faults: Any) -> tuple[list[int], float]:
-    """`run_to_end`, and its seconds."""
-    began = time.monotonic()
-    codes = run_to_end(config, environment, **faults)
-    return codes, time.monotonic() - began

@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 LEVELS = {
-    "rank": "one real trainer rank in a process of its own, without Ray",
+    "rank": "one real trainer rank in a process of its own, without Ray; the controller is the benchmark's own loop",
     "storage": "the same with an S3 server behind a faulty proxy, or a full disk",
     "bank": "a process that appends to a verdict bank",
 }

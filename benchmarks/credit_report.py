@@ -7,6 +7,7 @@ seed, and each method is taken where its cells over gamma come down to it (`prov
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -49,7 +50,8 @@ def _provenance(name: str, stages: Mapping[str, Sequence[Cell]], records: Sequen
         "Written by `benchmarks/credit.py --report`: do not edit. [credit.md](credit.md) says what it means.",
         f"Grid `{name}`: {len(records)} of {total} cells, {seconds / 3600:.1f} CPU hours without the bases' training.",
     ]
-    ran = Counter((record["run"]["commit"], record["run"]["command"]) for record in records)
+    # Where the results lay is nothing to repeat.
+    ran = Counter((r["run"]["commit"], re.sub(r" --out \S+", "", r["run"]["command"])) for r in records)
     lines += [f"- {count} cells at commit {commit}: `{command}`" for (commit, command), count in ran.items()]
     return "\n".join(lines[:1]) + "\n\n" + "\n".join(lines[1:])
 

@@ -10,6 +10,7 @@ One BatchTopK (and, for comparison, one Matryoshka) is trained by reconstruction
     gentle              a tenth of that gamma
     own_cuts            as rlaif, a yes where the explanation's own scores say (`rlaif.verdict_cut`)
     shuffled            as rlaif, the verdicts of each kind of text dealt anew over all latents
+    own_shuffled        as own_cuts, dealt anew in the same way
     random_negatives    as rlaif, explained and taught against random texts only
     continued           the first arm's copy without credit; `matryoshka` is trained on beside it
 
@@ -357,7 +358,7 @@ def conclude(bench: Bench, docs: Path | None, console: Console) -> None:
     scores, core = bench.scores(), bench.core()
     found = report.differences(scores, [MATRYOSHKA])
     head, rows = report.grid(scores, core, found)
-    controls = ("shuffled", "random_negatives")
+    controls = ("shuffled", "own_shuffled", "random_negatives")
     targets = report.targets(found, core, [name for name in bench.chosen if name not in controls])
     console.print(report.rich_table("held-out scores (difference to continued training, 95% interval)", head, rows))
     taught = bench.taught()

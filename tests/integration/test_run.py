@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from statistics import median
 
 import psutil
 import pytest
@@ -27,7 +28,9 @@ def undisturbed(tmp_path_factory) -> dict[int, float]:
     train(write_config(folder))
     found = losses(folder)
     assert sorted(found) == list(range(1, 49))
-    assert found[48] < found[1]
+    # Of the packages' docstrings some batches are odd ones, whichever packages are installed: medians.
+    first, last = (median(found[step] for step in steps) for steps in (range(1, 13), range(37, 49)))
+    assert last < 0.8 * first
     return found
 
 
