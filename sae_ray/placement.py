@@ -101,7 +101,7 @@ def never(asks: Iterable[Ask], nodes: Iterable[NodeRoom]) -> str | None:
     for ask in asks:
         if (most := held(ask, nodes)) < ask.bundles:
             return (
-                f"the cluster holds at most {most} of {ask.bundles} of the {ask.who}'s places, however long one waits: "
+                f"the cluster holds at most {most} of {ask.bundles} places of the {ask.who}, however long one waits: "
                 f"{_needs(ask, nodes)}: add nodes, or lower {ask.keys}"
             )
     for name in dict.fromkeys(name for ask in asks for name in ask.each):

@@ -196,6 +196,13 @@ def document(api: str, kind: str, spec: Schema) -> Schema:
     )  # fmt: skip
 
 
+DISRUPTION_BUDGET_SPEC = struct(
+    "selector", selector=SELECTOR, minAvailable=COUNT, maxUnavailable=COUNT,
+    unhealthyPodEvictionPolicy=one_of("IfHealthyBudget", "AlwaysAllow"),
+)  # fmt: skip
+DISRUPTION_BUDGET_SPEC["oneOf"] = [{"required": ["minAvailable"]}, {"required": ["maxUnavailable"]}]
+
+
 _SPECS = {
     ("ray.io/v1", "RayCluster"): RAY_CLUSTER_SPEC,
     ("ray.io/v1", "RayJob"): RAY_JOB_SPEC,
@@ -204,6 +211,7 @@ _SPECS = {
     ("v1", "PersistentVolumeClaim"): CLAIM_SPEC,
     ("apps/v1", "StatefulSet"): STATEFUL_SET_SPEC,
     ("networking.k8s.io/v1", "NetworkPolicy"): NETWORK_POLICY_SPEC,
+    ("policy/v1", "PodDisruptionBudget"): DISRUPTION_BUDGET_SPEC,
     ("monitoring.coreos.com/v1", "PodMonitor"): POD_MONITOR_SPEC,
     ("monitoring.coreos.com/v1", "PrometheusRule"): RULES,
 }

@@ -150,6 +150,16 @@ def test_so_have_the_nodes_of_every_other_cluster(place: str) -> None:
     assert not [f"{name}={value}" for name, value in session_settings().items() if f"{name}={value}" not in text]
 
 
+def test_the_budget_is_of_the_head_that_runs_have_their_drivers_on() -> None:
+    (budget,) = [doc for path in FILES for doc in documents(path) if doc["kind"] == "PodDisruptionBudget"]
+    labels = budget["spec"]["selector"]["matchLabels"]
+    assert labels.pop("ray.io/node-type") == "head"  # KubeRay's own label
+    heads = [template for spec in SPECS for group, template in ray_pods(spec) if group == "head"]
+    assert len([head for head in heads if labels.items() <= head["metadata"]["labels"].items()]) == 1
+    # One head is all there is of it: a budget of more could never be met.
+    assert budget["spec"]["minAvailable"] == 1
+
+
 # -- the network --------------------------------------------------------------------------------------
 
 POLICIES = [doc for path in FILES for doc in documents(path) if doc["kind"] == "NetworkPolicy"]

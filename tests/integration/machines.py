@@ -122,7 +122,7 @@ def two_nodes(cpus: int = 4, object_store_mb: int = 200) -> Iterator[tuple[Machi
     """A Ray cluster of a head and one more node, each on a machine of its own."""
     store = ["--object-store-memory", str(object_store_mb << 20), "--num-cpus", str(cpus)]
     # What a run needs of Ray, and no more: each process takes seconds to start.
-    few = ["--include-log-monitor", "false", "--ray-client-server-port", "0"]
+    few = ["--include-log-monitor", "false"]
     head_only = ["--head", "--port", str(PORT), "--include-dashboard", "false", "--no-monitor", *few]
     with (
         tempfile.TemporaryDirectory(
@@ -131,7 +131,7 @@ def two_nodes(cpus: int = 4, object_store_mb: int = 200) -> Iterator[tuple[Machi
         two_machines() as (head, other),
     ):
         head.ray(*head_only, "--temp-dir", folder, *store)
-        other.ray("--address", f"{head.address}:{PORT}", *few[:2], *store)
+        other.ray("--address", f"{head.address}:{PORT}", *few, *store)
         yield head, other
 
 

@@ -18,8 +18,15 @@ def asked(cpus: float, who: str = "trainer", bundles: int = 1, **labels: str) ->
     return Reservation(Ask(who, "rank", bundles, {"CPU": cpus}, labels, "trainer.cpus"))
 
 
+def taken(cpus: float) -> Reservation:
+    """The judges' place: taken before anybody else asks, because Ray serves in no order."""
+    others = asked(cpus, "judges")
+    wait_placed([others], RayConfig())
+    return others
+
+
 def test_a_place_that_others_hold_is_waited_for_with_words_and_taken_when_it_is_free() -> None:
-    others = asked(7, "judges")
+    others = taken(7)
     ours = asked(4)
     said: list[str] = []
 
@@ -29,7 +36,6 @@ def test_a_place_that_others_hold_is_waited_for_with_words_and_taken_when_it_is_
             others.release()
 
     try:
-        wait_placed([others], RayConfig())
         wait_placed([ours], RayConfig(), listen)
         assert ours.placed
         assert (
@@ -42,9 +48,8 @@ def test_a_place_that_others_hold_is_waited_for_with_words_and_taken_when_it_is_
 
 
 def test_a_place_that_stays_taken_ends_the_wait_at_its_deadline() -> None:
-    others, ours = asked(7, "judges"), asked(4)
+    others, ours = taken(7), asked(4)
     try:
-        wait_placed([others], RayConfig())
         with pytest.raises(UserError, match=r"too little CPU is free .*waited 3 s \(ray\.wait_s\)$"):
             wait_placed([ours], RayConfig(wait_s=3))
     finally:
@@ -54,7 +59,7 @@ def test_a_place_that_stays_taken_ends_the_wait_at_its_deadline() -> None:
 
 def test_what_an_own_ray_can_never_hold_is_said_at_once() -> None:
     for hopeless, said in (
-        (asked(9), r"holds at most 0 of 1 of the trainer's places"),
+        (asked(9), r"holds at most 0 of 1 places of the trainer"),
         (asked(3, bundles=3), r"holds at most 2 of 3"),
         (asked(1, role="judge"), r"with role=judge, and none of the 1 nodes is such"),
     ):

@@ -197,9 +197,7 @@ def test_a_hung_producer_is_replaced_when_its_lease_times_out(reference):
 def test_producers_that_find_no_place_say_what_they_need():
     stream = BlockStream(config(activations={"cpus": 64}, ray={"wait_s": 2}))
     try:
-        with pytest.raises(
-            UserError, match=r"holds at most 0 of 2 of the producers' places.* needs 64 CPU .* of 8 CPU"
-        ):
+        with pytest.raises(UserError, match=r"holds at most 0 of 2 places of the producers.* needs 64 CPU .* of 8 CPU"):
             stream.start()
     finally:
         stream.stop()
@@ -225,7 +223,7 @@ def test_producers_that_come_and_go_between_leases_change_no_block(shared, refer
         follow(0)
         wanted = 2
         deadline = time.monotonic() + 300
-        while stream.counters()["producers"] < 2:
+        while stream.counters()["ready"] < 2:
             assert time.monotonic() < deadline, stream.counters()
             events.extend([*stream.observe("starves", time.monotonic()), *turn(stream)])
         follow(1)
@@ -238,7 +236,7 @@ def test_producers_that_come_and_go_between_leases_change_no_block(shared, refer
         ]
         assert any(event["what"] == "producer_left" for event in events)
         counters = stream.counters()
-        assert (counters["producers"], counters["restarts"], counters["reissued"]) == (1, 0, 0)
+        assert (counters["ready"], counters["restarts"], counters["reissued"]) == (1, 0, 0)
     finally:
         stream.stop()
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import re
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +40,7 @@ def scraped(pid: int) -> str:
             for connection in child.net_connections("inet"):
                 if connection.status != psutil.CONN_LISTEN:
                     continue
-                with contextlib.suppress(OSError, urllib.error.URLError, ValueError):
+                with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
                     url = f"http://127.0.0.1:{connection.laddr.port}/metrics"
                     text = urllib.request.urlopen(url, timeout=3).read().decode()
                     if "ray_sae_ray_step{" in text:
