@@ -1,10 +1,15 @@
-"""Who may be talked to without a token: only this machine. For the Ray that a run joins and for dashboards alike."""
+"""Who may be talked to without a token: only this machine. For the Ray that a run joins and for dashboards alike.
+
+And by which interface of this machine others reach it.
+"""
 
 from __future__ import annotations
 
 import ipaddress
 import os
 from pathlib import Path
+
+import psutil
 
 from sae_ray.errors import UserError
 
@@ -17,6 +22,14 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def interface_of(address: str) -> str | None:
+    """The name of the network interface that has this IP address; None: none has."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.address == address for each in addresses):
+            return name
+    return None
 
 
 def check_token(host: str, where: str, trust: bool, how_to_trust: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from sae_ray.config import JudgeConfig, RayConfig
 from sae_ray.errors import UserError
-from sae_ray.network import is_loopback
+from sae_ray.network import interface_of, is_loopback
 from sae_ray.session import IN_A_JOB, _on_loopback, check_address
 
 
@@ -92,3 +92,8 @@ def test_the_token_of_an_own_ray_is_nobody_elses_to_read(monkeypatch, tmp_path):
     assert ray_constants.ENABLE_RAY_CLUSTER is before
     assert dict(os.environ) == environment
     assert sys.modules["ray._private.services"].ray_constants is ray_constants  # which is what it reads
+
+
+def test_an_interface_is_found_by_its_address_and_none_by_anothers():
+    assert interface_of("127.0.0.1") in ("lo", "lo0")
+    assert interface_of("203.0.113.9") is None

@@ -11,7 +11,6 @@ import os
 import time
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from sae_ray import logs
 from sae_ray.activations.block import Block
 from sae_ray.config import RunConfig
 from sae_ray.errors import UserError
+from sae_ray.network import interface_of
 from sae_ray.reward.evidence import ContextScan, layout_contexts, scan_contexts
 from sae_ray.sae.formats import check_fits, import_sae
 from sae_ray.sae.selection import select_above
@@ -94,9 +94,10 @@ class TrainerRank:
         if world == 1:
             mesh = Mesh.alone(self._device)
         else:
-            # gloo announces the address of the host's name, which inside a container may lead nowhere.
-            if address.startswith("127.") and Path("/sys/class/net/lo").exists():
-                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            # By itself gloo announces the address of the host's name, which is often the loopback's or leads nowhere.
+            own = address if address.startswith("127.") else self.node_address()[0]
+            if (interface := interface_of(own)) is not None:
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
             store = getattr(self, "_store", None) or dist.TCPStore(
                 address, port, world, is_master=False, timeout=self._timeout()
             )
