@@ -32,6 +32,7 @@ PHRASES: dict[str, Callable[[Any], str]] = {
     "leniency": lambda p: f"{p:.0%} lenient to relatives",
     "rollout_gamma": lambda x: f"rollouts' gamma {x:g}",
     "rollout_share": lambda p: f"{p:.0%} of verdicts on rollouts",
+    "reader_cosine": lambda x: f"readers at cosine {x:g}",
     "half_life_steps": lambda n: f"half-life {n:g} steps",
 }
 

@@ -50,7 +50,9 @@ from sae_ray.trainer.sharded_sae import CreditLoss, ShardedTrainer
 
 CONTROLS = ("base", "continued", "true_labels", "probes", "verdict_probes")
 PROBE_STEPS, PROBE_BATCHES = 1500, 100
-YOUNGER = ("keep_rounds", "fitted_gates", "max_fvu_rise", "max_l0_fall", "rollout_gamma", "rollout_share")
+YOUNGER = (
+    "keep_rounds", "fitted_gates", "max_fvu_rise", "max_l0_fall", "rollout_gamma", "rollout_share", "reader_cosine",
+)  # fmt: skip
 WATCHED = 5000  # held-out samples that metrics during fine-tuning, and what a latent stands for, are of
 
 
@@ -71,6 +73,7 @@ class Cell:
         fitted_gates: `rlaif.gate_threshold: fitted`.
         rollout_gamma: of an estimator's part that learns from rollouts; None: gamma.
         rollout_share: of the verdicts, on generations instead of samples, where an estimator learns from both.
+        reader_cosine: between where the steered model writes a feature and where it reads it; see `SteeredWriter`.
     """
 
     base: Base
@@ -98,6 +101,7 @@ class Cell:
     max_l0_fall: float | None = None
     rollout_gamma: float | None = None
     rollout_share: float = 0.5
+    reader_cosine: float = 1.0
 
     def __post_init__(self) -> None:
         if self.method not in CONTROLS and self.method not in ESTIMATORS:
@@ -200,7 +204,7 @@ def fine_tune(
         rollout_gamma=cell.rollout_gamma,
     )  # fmt: skip
     memory = VerdictMemory(cell.keep_rounds, cell.half_life_steps) if cell.keep_rounds else None
-    rounds = Rounds(ground, cell.pool, judge, _asking(cell), rng, memory, cell.rollouts)
+    rounds = Rounds(ground, cell.pool, judge, _asking(cell), rng, memory, cell.rollouts, cell.reader_cosine)
     hold = GammaHold(cell.max_fvu_rise, cell.max_l0_fall) if cell.holds else None
     per_round = cell.steps // cell.rounds
     truth = TruthGate(cell.gamma, cell.slope)

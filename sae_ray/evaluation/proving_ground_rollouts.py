@@ -1,11 +1,11 @@
 """Rollouts on a synthetic world: a stand-in for the language model that is steered along decoder directions.
 
-A *writer* reads an activation out into a distribution over features and writes a text of a few of them. Its readers
-are the true directions, so a latent whose row points at its feature writes about that feature; a real model need not
-read along the directions in which it writes, and in that this stand-in is kind to the estimator. With e_f the feature
-directions, b the world's bias, p_f how often feature f fires and s the sharpness,
+A *writer* reads an activation out into a distribution over features and writes a text of a few of them. With e_f the
+feature directions, b the world's bias, p_f how often feature f fires, s the sharpness, and n_f a random unit vector
+orthogonal to e_f,
 
-    z_f(x) = s <e_f, x - b> + log p_f         P(token = f | x) = softmax(z(x))_f
+    r_f = c e_f + sqrt(1 - c^2) n_f
+    z_f(x) = s <r_f, x - b> + log p_f         P(token = f | x) = softmax(z(x))_f
     steered:  x <- x + alpha u                u the unit decoder row, x a sample of the pool (a prompt)
     text:  T tokens, drawn independently      log P(text | x, u) = sum_t log softmax(z(x + alpha u))_{f_t}
 
@@ -16,7 +16,11 @@ each latent's own: the KL of the next token, mean over the prompts, is `target_k
 
 and a direction that never gets there has no rollouts. At that strength the gradient by the direction is
 
-    d log P(text) / du = alpha s sum_t (e_{f_t} - sum_f P(f | x + alpha u) e_f)
+    d log P(text) / du = alpha s sum_t (r_{f_t} - sum_f P(f | x + alpha u) r_f)
+
+so a round of generations shows the estimator the readers of what it writes about. c, `reader_cosine`, says how much
+that helps: at 1 the readers are the true directions, which a real model's need not be, and a latent that writes about
+its feature points at it; at lower c the gradient points elsewhere by as much.
 
 The reward of a generation is the judge's verdict on whether it shows the feature that the latent was explained as; a
 generation costs one verdict. There are no controls here: one number per latent, such as a control's mean, is taken off
@@ -28,6 +32,7 @@ Suffixes: M latents, P prompts, K generations of a latent, T tokens of a text, R
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -38,6 +43,7 @@ from sae_ray.reward.credit import Rollouts
 from sae_ray.reward.steering import Strengths, find_strengths
 
 READ_BYTES = 2**26  # of readouts at once
+_READER_SEED = 0
 _START, _MOST = 1.0, 100.0  # strengths tried first and at most, in units of a feature's mean magnitude
 
 
@@ -47,25 +53,35 @@ class SteeredWriter:
 
     Attributes:
         sharpness: s; a feature of magnitude 2 is exp(2 s) times as likely a token as when it is absent.
+        reader_cosine: c, of a feature's reader with its direction; what else is in readers is the same for all writers.
         tokens: of a text. prompts: that every latent's generations go on from, in turn. target_kl: nats.
     """
 
     world: World
     sharpness: float = 3.0
+    reader_cosine: float = 1.0
     tokens: int = 4
     prompts: int = 32
     target_kl: float = 0.5
 
+    @cached_property
+    def readers_FD(self) -> torch.Tensor:
+        """r_f, unit rows."""
+        e_FD = self.world.directions_FD
+        n_FD = torch.randn(e_FD.shape, generator=torch.Generator().manual_seed(_READER_SEED)).to(e_FD)
+        n_FD = torch.nn.functional.normalize(n_FD - (n_FD * e_FD).sum(1, keepdim=True) * e_FD, dim=1)
+        return self.reader_cosine * e_FD + (1 - self.reader_cosine**2) ** 0.5 * n_FD
+
     def logits(self, x_BD: torch.Tensor) -> torch.Tensor:
         """z [B, F]"""
         prior_F = self.world.wanted_F.log().to(x_BD)
-        return torch.addmm(prior_F, x_BD - self.world.bias_D, self.sharpness * self.world.directions_FD.T)
+        return torch.addmm(prior_F, x_BD - self.world.bias_D, self.sharpness * self.readers_FD.T)
 
     def strengths(self, x_PD: torch.Tensor, unit_MD: torch.Tensor) -> Strengths:
         """alpha of every direction at which the mean KL over the prompts is `target_kl`."""
         clean_PF = self.logits(x_PD).log_softmax(1)
         # Of alpha u the readout is linear, so a direction is read once for all strengths.
-        shift_MF = self.sharpness * unit_MD @ self.world.directions_FD.T
+        shift_MF = self.sharpness * unit_MD @ self.readers_FD.T
         at_once = max(1, READ_BYTES // (4 * clean_PF.numel()))
 
         def kl_of(index_n: torch.Tensor, alpha_n: torch.Tensor) -> torch.Tensor:
@@ -98,9 +114,9 @@ class SteeredWriter:
         token_PKT = torch.multinomial(p_PF, each * self.tokens, replacement=True, generator=generator)
         # In turn over the prompts, so that a number that is no multiple of theirs leaves out the last ones.
         token_KT = token_PKT.view(len(x_PD), each, self.tokens).transpose(0, 1).reshape(-1, self.tokens)[:n]
-        expected_PD = p_PF @ self.world.directions_FD
+        expected_PD = p_PF @ self.readers_FD
         of_prompt_KD = expected_PD.repeat(each, 1)[:n]
-        score_KD = self.world.directions_FD[token_KT].sum(1) - self.tokens * of_prompt_KD
+        score_KD = self.readers_FD[token_KT].sum(1) - self.tokens * of_prompt_KD
         return token_KT, alpha * self.sharpness * score_KD
 
 

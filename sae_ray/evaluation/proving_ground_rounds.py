@@ -30,6 +30,7 @@ class Rounds:
         samples: of a round's own pool.
         memory: what keeps verdicts; None: each round stands alone. Rollouts are always the newest round's.
         rollouts: judged generations per latent and round, besides the verdicts of `asking`.
+        reader_cosine: of the model that writes them.
     """
 
     def __init__(
@@ -41,10 +42,11 @@ class Rounds:
         rng: np.random.Generator,
         memory: VerdictMemory | None,
         rollouts: int = 0,
+        reader_cosine: float = 1.0,
     ):
         self._ground, self._samples, self._judge, self._asking, self._rng = ground, samples, judge, asking, rng
         self._memory, self._rollouts = memory, rollouts
-        self._writer = SteeredWriter(ground.world)
+        self._writer = SteeredWriter(ground.world, reader_cosine=reader_cosine)
         self._pools: list[Pool] = []
 
     def judged(self, trainer: ShardedTrainer, step: int, index: int) -> tuple[RewardBatch, Pool]:

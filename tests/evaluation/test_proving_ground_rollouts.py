@@ -41,9 +41,11 @@ def x_PD(world) -> torch.Tensor:
     return world.sample(6, torch.Generator().manual_seed(1))[0]
 
 
-def token_logprobs(world: World, x_BD: torch.Tensor, sharpness: float) -> torch.Tensor:
+def token_logprobs(
+    world: World, x_BD: torch.Tensor, sharpness: float, readers_FD: torch.Tensor | None = None
+) -> torch.Tensor:
     """[B, F], float64, as the module's docstring says."""
-    reader_FD = world.directions_FD.double()
+    reader_FD = (world.directions_FD if readers_FD is None else readers_FD).double()
     logit_BF = sharpness * (x_BD.double() - world.bias_D.double()) @ reader_FD.T + world.wanted_F.double().log()
     return logit_BF.log_softmax(1)
 
@@ -59,15 +61,25 @@ def test_strengths_are_those_at_which_the_next_token_has_moved_by_the_target(wor
     assert torch.isnan(none.alpha_N).all()
 
 
-def test_the_gradient_of_a_texts_log_probability_is_its_finite_difference(world, x_PD):
-    writer = SteeredWriter(world, sharpness=1.5, tokens=3)
+@pytest.mark.parametrize("cosine", [1.0, 0.4])
+def test_readers_are_unit_vectors_at_the_asked_cosine_with_their_features(world, cosine):
+    readers_FD = SteeredWriter(world, reader_cosine=cosine).readers_FD
+    torch.testing.assert_close(torch.linalg.vector_norm(readers_FD, dim=1), torch.ones(7))
+    torch.testing.assert_close((readers_FD * world.directions_FD).sum(1), torch.full((7,), cosine))
+
+
+@pytest.mark.parametrize("cosine", [1.0, 0.4])
+def test_the_gradient_of_a_texts_log_probability_is_its_finite_difference(world, x_PD, cosine):
+    writer = SteeredWriter(world, sharpness=1.5, tokens=3, reader_cosine=cosine)
     unit_D = torch.nn.functional.normalize(MIXED[0], dim=0)
     token_KT, gradient_KD = writer.write(x_PD, unit_D, 0.8, 11, torch.Generator().manual_seed(0))
     assert token_KT.shape == (11, 3)
     assert gradient_KD.shape == (11, 5)
 
     def log_probability(direction_D: torch.Tensor) -> torch.Tensor:
-        of_prompt = token_logprobs(world, x_PD.double() + 0.8 * direction_D, 1.5)[torch.arange(11) % 6]
+        of_prompt = token_logprobs(world, x_PD.double() + 0.8 * direction_D, 1.5, writer.readers_FD)[
+            torch.arange(11) % 6
+        ]
         return of_prompt.gather(1, token_KT).sum(1)
 
     for axis in torch.eye(5, dtype=torch.float64):
