@@ -2,9 +2,9 @@
 
     python benchmarks/chaos.py --out runs/chaos --faults 200 --minutes 30 --report docs/chaos.md
 
-Levels: bank, rank, storage, disk; none starts Ray. Each run has several faults, drawn by a seed; a finished run is one
-line in OUT/runs.jsonl, so the same command goes on where it stopped. Needs the tests' S3 server (moto, in the dev
-requirements); a full disk needs leave to mount a tmpfs.
+Levels: bank, rank, storage, disk, which start no Ray; then run, rpc and nodes. Each run has several faults, drawn by a
+seed; a finished run is one line in OUT/runs.jsonl, so the same command goes on where it stopped. Needs the tests' S3
+server (moto, in the dev requirements); a full disk needs leave to mount a tmpfs.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from pathlib import Path
 
 import chaos_invariants as invariants
 from chaos_levels import Chaos, Row
+from chaos_ray_levels import ChaosOnRay
 from chaos_report import page, table
 
-LEVELS = ("bank", "rank", "storage", "disk")
+LEVELS = ("bank", "rank", "storage", "disk", "run", "rpc", "nodes")
 
 
 def struck(rows: list[Row]) -> int:
@@ -49,7 +50,7 @@ def main() -> None:
                 break
             if f"{level}-{seed}" in done:
                 continue
-            chaos = chaos or Chaos(arguments.out)
+            chaos = chaos or ChaosOnRay(arguments.out)
             row = _tried(lambda chaos=chaos, level=level, seed=seed: chaos.disturb(level, seed), level, seed)
             rows.append(row)
             with ledger.open("a") as file:

@@ -23,7 +23,7 @@ from sae_ray.config import RunConfig
 
 RANK_KINDS = {"rank killed": 3.0, "controller killed": 1.0}
 DISK_MB = 40
-SHOWN = {"disk": "storage"}  # as another level in the table
+SHOWN = {"disk": "storage", "rpc": "run"}  # as another level in the table
 Row = dict[str, Any]
 Outcome = tuple[list[Row], list[str]]
 """(faults that struck: id, kind, phase, recovery_s; invariants that do not hold)"""

@@ -7,6 +7,8 @@ from statistics import median
 from typing import Any
 
 LEVELS = {
+    "run": "a whole run: driver, Ray, producers, ranks",
+    "nodes": "a whole run over several raylets",
     "rank": "one real trainer rank in a process of its own, without Ray; the controller is the benchmark's own loop",
     "storage": "the same with an S3 server behind a faulty proxy, or a full disk",
     "bank": "a process that appends to a verdict bank",

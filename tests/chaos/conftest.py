@@ -15,6 +15,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 @pytest.fixture(scope="session")
 def chaos(tmp_path_factory: pytest.TempPathFactory):
     """One store of activations and one undisturbed run of each mesh for the whole session."""
-    from chaos_levels import Chaos  # torch: not for the tests that need none of it
+    from chaos_ray_levels import ChaosOnRay  # torch: not for the tests that need none of it
 
-    return Chaos(tmp_path_factory.mktemp("chaos"))
+    return ChaosOnRay(tmp_path_factory.mktemp("chaos"))
