@@ -84,6 +84,7 @@ def ray_nodes(count: int, environment: dict[str, str] | None = None) -> Iterator
     wanted = {
         "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # a driver would take the loopback for the machine's own address
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
