@@ -77,6 +77,7 @@ class ChaosOnRay(Chaos):
         if config.trainer.tp == 1:
             super()._undisturbed(config)
             return
+        Fuses.lay(config.run_dir / "chaos", [])
         with chaos_runs.ray_nodes(1) as ray_:
             driver = chaos_runs.Driver(chaos_runs.at(config, ray_), self.out)
             try:
