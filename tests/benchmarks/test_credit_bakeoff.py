@@ -62,7 +62,7 @@ def test_the_deciding_grid_has_every_control_of_the_issue():
         assert any(cell.verdicts == 2048 for cell in default)
         assert len({cell.gamma for cell in default if not cell.shuffled}) >= 3
     assert {cell.method for cell in cells} >= set(grid.COMPARED)
-    assert {cell.base.world for cell in cells} == {"research", "parent_child"}
+    assert {cell.base.world for cell in cells} == {"research", "parent_child", "small"}
 
 
 def test_settings_are_changed_in_all_cells_and_a_smoke_grid_has_one_seed():
@@ -257,3 +257,17 @@ def test_the_plot_has_a_line_for_each_credit_that_ran(tmp_path):
     assert "research, batchtopk k 8" in drawn
     assert drawn.count("teacher_gate") >= 1
     assert "shuffled" not in drawn
+
+
+def test_the_sweep_has_tables_of_its_own_with_gains_paired_by_seed():
+    def swept(method: str, seed: int, f1: float, **changes) -> dict:
+        found = record(grid.SMALL, method, seed, f1, **grid.HALF, **changes)
+        return {**found, "matched": {str(grid.SMALL.k): found["matched"]["8"]}}
+
+    asked = {"gamma": 0.03, "verdicts": 1024, "noise": 0.2}
+    records = [swept("continued", seed, f1, 0.75) for seed, f1 in ((0, 0.5), (1, 0.9), (2, 0.1))]
+    records += [swept("teacher_gate", 0, 0.6, mcc=0.83, **asked), swept("teacher_gate", 1, 0.9, mcc=0.83, **asked)]
+    text = report.report("deciding", grid.by_stage("deciding", [0, 1, 2], {}), records)
+    row = next(line for line in text.split("20% flipped:")[1].splitlines() if line.startswith("| teacher_gate |"))
+    assert row == "| teacher_gate | - | - | - | +0.050 / +0.030 / -0.050 |"
+    assert "F1 - continued" not in text
