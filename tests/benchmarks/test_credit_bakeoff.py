@@ -260,8 +260,8 @@ def test_the_plot_has_a_line_for_each_credit_that_ran(tmp_path):
 
 
 def test_the_sweep_has_tables_of_its_own_with_gains_paired_by_seed():
-    def swept(method: str, seed: int, f1: float, **changes) -> dict:
-        found = record(grid.SMALL, method, seed, f1, **grid.HALF, **changes)
+    def swept(method: str, seed: int, f1: float, ev: float = 0.7, **changes) -> dict:
+        found = record(grid.SMALL, method, seed, f1, ev, **grid.HALF, **changes)
         return {**found, "matched": {str(grid.SMALL.k): found["matched"]["8"]}}
 
     asked = {"gamma": 0.03, "verdicts": 1024, "noise": 0.2}
