@@ -16,6 +16,7 @@ from sae_ray.reward.credit import ESTIMATORS
 
 COMPARED = tuple(ESTIMATORS)
 DEFAULT = COMPARED[0]
+BOTH = "teacher_gate+policy_gradient"
 OTHERS = COMPARED[1:]
 # Whose loss gamma weighs; the others are not trained on a loss, or change weights and selection directly.
 WITH_GAMMA = (
@@ -27,6 +28,12 @@ GAMMAS = (0.01, 0.03, 0.1, 0.3)
 VERDICTS, NOISES, DELAYS = (32, 128, 256, 1024), (0.0, 0.1, 0.2), (0, 100, 400)
 HALF: dict[str, Any] = {"steps": 800, "pool": 15_000}
 SWEPT: dict[str, Any] = {"verdicts": 256, "noise": 0.1}  # where delays are swept alone
+
+
+# Of the combination.
+LONGER: dict[str, Any] = {"steps": 3200}
+KEPT: dict[str, Any] = {**LONGER, "keep_rounds": 1}
+ROLLOUTS: dict[str, Any] = {"rollout_gamma": 0.07, "rollout_share": 0.125}
 
 
 class Start(NamedTuple):
@@ -120,6 +127,22 @@ def at_l0_4(seed: int) -> list[Cell]:
     return [*cells, *AT_4.cells(seed, [DEFAULT], (0.1,), shuffled=True), *AT_4.cells(seed, ["true_labels"], (0.1,))]
 
 
+def combined(seed: int) -> list[Cell]:
+    """What adds up: twice the steps at a lower gamma, a round's verdicts kept for the next, an eighth of them on rollouts.
+
+    Chosen on seeds 10 and 11. With controls, and with steered models that read elsewhere than they write.
+    """
+    cells = [BATCHTOPK.cell(seed, method, **LONGER) for method in ("base", "continued")]
+    cells += BATCHTOPK.cells(seed, [BOTH], (0.02, 0.03), **KEPT, **ROLLOUTS)
+    cells += BATCHTOPK.cells(seed, [BOTH], (0.02,), **KEPT, **ROLLOUTS, shuffled=True)
+    cells += BATCHTOPK.cells(seed, [DEFAULT], (0.02, 0.03), **KEPT)
+    for cosine in (0.5, 0.0):
+        cells += BATCHTOPK.cells(seed, [BOTH], (0.02,), **KEPT, **ROLLOUTS, reader_cosine=cosine)
+    more: dict[str, Any] = {"verdicts": 2048, "rollout_gamma": 0.2, "rollout_share": 0.25}
+    return [*cells, *BATCHTOPK.cells(seed, [BOTH], (0.05,), **KEPT, **more),
+            *BATCHTOPK.cells(seed, ["true_labels"], (0.02, 0.03), **LONGER)]  # fmt: skip
+
+
 def sweep(seed: int) -> list[Cell]:
     """Every estimator over verdicts and noise, and over staleness at one of them, in a world small enough for all."""
     cells = [SMALL.cell(seed, method, **HALF) for method in ("base", "continued", "probes")]
@@ -184,7 +207,7 @@ def smoke(seed: int) -> list[Cell]:
 # ---------------------------------------------------------------------- grids
 
 
-DECIDING = (teacher, parents, parents_at_8, controls, estimators, budgets, at_l0_4, sweep)
+DECIDING = (teacher, parents, parents_at_8, controls, estimators, budgets, at_l0_4, combined, sweep)
 GRIDS: dict[str, tuple[Callable[[int], list[Cell]], ...]] = {
     "smoke": (smoke,),
     "deciding": DECIDING,

@@ -31,6 +31,7 @@ PHRASES: dict[str, Callable[[Any], str]] = {
     "delay_steps": lambda n: f"{n} steps late",
     "explanation_noise": lambda p: f"{p:.0%} explained by a relative",
     "leniency": lambda p: f"{p:.0%} lenient to relatives",
+    "keep_rounds": lambda n: "verdicts kept for a round" if n == 1 else f"verdicts kept for {n} rounds",
     "rollout_gamma": lambda x: f"rollouts' gamma {x:g}",
     "rollout_share": lambda p: f"{p:.0%} of verdicts on rollouts",
     "reader_cosine": lambda x: f"readers at cosine {x:g}",
