@@ -128,7 +128,7 @@ def at_l0_4(seed: int) -> list[Cell]:
 
 
 def combined(seed: int) -> list[Cell]:
-    """What adds up: twice the steps at a lower gamma, a round's verdicts kept for the next, an eighth of them on rollouts.
+    """What adds up: twice the steps at a lower gamma, verdicts kept for the next round, an eighth of them on rollouts.
 
     Chosen on seeds 10 and 11. With controls, and with steered models that read elsewhere than they write.
     """
