@@ -16,6 +16,7 @@ from sae_ray.reward.credit import ESTIMATORS
 
 COMPARED = tuple(ESTIMATORS)
 DEFAULT = COMPARED[0]
+BOTH = "teacher_gate+policy_gradient"
 OTHERS = COMPARED[1:]
 # Whose loss gamma weighs; the others are not trained on a loss, or change weights and selection directly.
 WITH_GAMMA = (
@@ -23,7 +24,16 @@ WITH_GAMMA = (
     "true_labels",
 )  # fmt: skip
 GAMMAS = (0.01, 0.03, 0.1, 0.3)
-VERDICTS, NOISES, DELAYS = (32, 128, 256, 1024), (0.0, 0.1, 0.2), (0, 200, 800)
+# Of the sweep. Its cells are half as long as others, on half as many samples; the longest delay is half of that again.
+VERDICTS, NOISES, DELAYS = (32, 128, 256, 1024), (0.0, 0.1, 0.2), (0, 100, 400)
+HALF: dict[str, Any] = {"steps": 800, "pool": 15_000}
+SWEPT: dict[str, Any] = {"verdicts": 256, "noise": 0.1}  # where delays are swept alone
+
+
+# Of the combination.
+LONGER: dict[str, Any] = {"steps": 3200}
+KEPT: dict[str, Any] = {**LONGER, "keep_rounds": 1}
+ROLLOUTS: dict[str, Any] = {"rollout_gamma": 0.07, "rollout_share": 0.125}
 
 
 class Start(NamedTuple):
@@ -117,22 +127,48 @@ def at_l0_4(seed: int) -> list[Cell]:
     return [*cells, *AT_4.cells(seed, [DEFAULT], (0.1,), shuffled=True), *AT_4.cells(seed, ["true_labels"], (0.1,))]
 
 
-# ---------------------------------------------------------------------- what `full` adds
+def combined(seed: int) -> list[Cell]:
+    """What adds up: twice the steps at a lower gamma, verdicts kept for the next round, an eighth of them on rollouts.
+
+    Chosen on seeds 10 and 11. With controls, and with steered models that read elsewhere than they write.
+    """
+    cells = [BATCHTOPK.cell(seed, method, **LONGER) for method in ("base", "continued")]
+    cells += BATCHTOPK.cells(seed, [BOTH], (0.02, 0.03), **KEPT, **ROLLOUTS)
+    cells += BATCHTOPK.cells(seed, [BOTH], (0.02,), **KEPT, **ROLLOUTS, shuffled=True)
+    cells += BATCHTOPK.cells(seed, [DEFAULT], (0.02, 0.03), **KEPT)
+    for cosine in (0.5, 0.0):
+        cells += BATCHTOPK.cells(seed, [BOTH], (0.02,), **KEPT, **ROLLOUTS, reader_cosine=cosine)
+    more: dict[str, Any] = {"verdicts": 2048, "rollout_gamma": 0.2, "rollout_share": 0.25}
+    return [*cells, *BATCHTOPK.cells(seed, [BOTH], (0.05,), **KEPT, **more),
+            *BATCHTOPK.cells(seed, ["true_labels"], (0.02, 0.03), **LONGER)]  # fmt: skip
 
 
 def sweep(seed: int) -> list[Cell]:
-    """Every estimator over verdicts, noise and staleness, in the world that is small enough for all of them."""
-    cells = [SMALL.cell(seed, method) for method in ("base", "continued", "probes")]
-    cells += SMALL.cells(seed, ["true_labels", DEFAULT], GAMMAS)
+    """Every estimator over verdicts and noise, and over staleness at one of them, in a world small enough for all."""
+    cells = [SMALL.cell(seed, method, **HALF) for method in ("base", "continued", "probes")]
     for verdicts in VERDICTS:
         for noise in NOISES:
-            asked: dict[str, Any] = {"verdicts": verdicts, "noise": noise}
+            asked: dict[str, Any] = {"verdicts": verdicts, "noise": noise, **HALF}
             cells.append(SMALL.cell(seed, "verdict_probes", **asked))
             cells += SMALL.cells(seed, COMPARED, (0.03,), **asked)
+    for delay in DELAYS[1:]:
+        cells += SMALL.cells(seed, COMPARED, (0.03,), **SWEPT, **HALF, delay_steps=delay)
+    return cells
+
+
+# ---------------------------------------------------------------------- what `full` adds
+
+
+def sweep_delays(seed: int) -> list[Cell]:
+    """Staleness at all verdicts and noises; credit that halves as it ages, as a run's does; the teacher's gammas."""
+    cells = SMALL.cells(seed, ["true_labels", DEFAULT], GAMMAS, **SWEPT, **HALF)
+    for verdicts in VERDICTS:
+        for noise in NOISES:
             for delay in DELAYS[1:]:
+                asked: dict[str, Any] = {"verdicts": verdicts, "noise": noise, **HALF}
                 cells += SMALL.cells(seed, COMPARED, (0.03,), **asked, delay_steps=delay)
-    for delay in DELAYS:  # credit that halves as it ages, as a run's does
-        cells += SMALL.cells(seed, [DEFAULT], (0.03,), delay_steps=delay, half_life_steps=400.0)
+    for delay in DELAYS:
+        cells += SMALL.cells(seed, [DEFAULT], (0.03,), **SWEPT, **HALF, delay_steps=delay, half_life_steps=200.0)
     return cells
 
 
@@ -171,17 +207,18 @@ def smoke(seed: int) -> list[Cell]:
 # ---------------------------------------------------------------------- grids
 
 
-DECIDING = (teacher, parents, parents_at_8, controls, estimators, budgets, at_l0_4)
+DECIDING = (teacher, parents, parents_at_8, controls, estimators, budgets, at_l0_4, combined, sweep)
 GRIDS: dict[str, tuple[Callable[[int], list[Cell]], ...]] = {
     "smoke": (smoke,),
     "deciding": DECIDING,
-    "full": (*DECIDING, sweep, frontiers, large, large_matryoshka),
+    "full": (*DECIDING, sweep_delays, frontiers, large, large_matryoshka),
 }
 LEFT_OUT = {
     "smoke": ["Everything: it only shows that the cells run."],
     "deciding": [
         "Estimators other than the teacher from any start but BatchTopK k 8, and their shuffled verdicts.",
-        "Verdict budgets, noise and staleness of other estimators, and more than one of the three changed at a time.",
+        "Verdict budgets, noise and staleness of other estimators but in the small world.",
+        "There: staleness but at 256 verdicts and 10% noise, gammas but .03, shuffled verdicts.",
         "The large world.",
     ],
     "full": [

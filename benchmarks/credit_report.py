@@ -12,7 +12,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from credit_grid import LEFT_OUT, WITH_GAMMA
-from credit_rows import WITHOUT_PATH, Record, Results, differences, interval, values
+from credit_rows import WITHOUT_PATH, Record, Results, differences, interval, markdown, values
+from credit_sweep import is_sweep, sweep_tables
 from credit_targets import targets, verdict
 
 from sae_ray.evaluation.proving_ground import Cell
@@ -36,6 +37,9 @@ def report(name: str, stages: Mapping[str, Sequence[Cell]], records: Sequence[Re
     parts = ["# The bake-off's tables", _provenance(name, stages, records), INTRODUCTION, _targets(results)]
     for start in results.cells:
         parts.append(f"## {start[0].upper()}{start[1:]}")
+        if is_sweep(start):
+            parts += sweep_tables(results)
+            continue
         k = results.some(start)["cell"]["k"]
         parts += [_at_matched_l0(results, start, l0) for l0 in sorted({4, 8, k}) if _any_at(results, start, l0)]
         parts += [part for drop in DROPS if (part := _at_equal_ev(results, start, k, drop))]
@@ -59,7 +63,7 @@ def _provenance(name: str, stages: Mapping[str, Sequence[Cell]], records: Sequen
 def _targets(results: Results) -> str:
     head = ("target", "measured", "", "shuffled verdicts", "true labels")
     rows = [(found.target, found.measured, verdict(found), found.shuffled, found.truth) for found in targets(results)]
-    return "## Targets\n\n" + _markdown(head, rows)
+    return "## Targets\n\n" + markdown(head, rows)
 
 
 def _any_at(results: Results, start: str, l0: int) -> bool:
@@ -83,7 +87,7 @@ def _at_matched_l0(results: Results, start: str, l0: int) -> str:
         deployed = {seed: record["deployed"] for seed, record in probes.items()}
         numbers = [interval([row.get(key, float("nan")) for row in deployed.values()]) for key in ("l0", *SHOWN)]
         rows.append(("probes of true labels (no SAE, own L0)", "", str(len(probes)), *numbers, "", ""))
-    return f"At L0 {l0}:\n\n" + _markdown(head, rows)
+    return f"At L0 {l0}:\n\n" + markdown(head, rows)
 
 
 def _at_equal_ev(results: Results, start: str, l0: int, drop: float) -> str:
@@ -105,7 +109,7 @@ def _at_equal_ev(results: Results, start: str, l0: int, drop: float) -> str:
         gains = [interval(differences(found, continued, key), signed=True) for key in ("f1", "mcc")]
         judges = interval(differences(found, null, "f1"), signed=True)
         rows.append((name, gammas, str(len(found)), *numbers, *gains, judges))
-    return f"At L0 {l0} and the EV of continued training less {drop}:\n\n" + _markdown(head, rows)
+    return f"At L0 {l0} and the EV of continued training less {drop}:\n\n" + markdown(head, rows)
 
 
 def _left_out(name: str, stages: Mapping[str, Sequence[Cell]], records: Sequence[Record]) -> str:
@@ -124,8 +128,3 @@ def _gamma(name: str, gamma: float) -> str:
 
 def _title(key: str) -> str:
     return {"ev": "EV", "f1": "F1", "mcc": "MCC"}.get(key, key)
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    aligned = "|" + "|".join("---" if column == 0 else "---:" for column in range(len(head))) + "|"
-    return "\n".join(["| " + " | ".join(head) + " |", aligned, *("| " + " | ".join(row) + " |" for row in rows)])

@@ -18,6 +18,7 @@ Record = dict[str, Any]
 Row = dict[str, float]
 # Of Student's t, two-sided 95%, by degrees of freedom; from 10 on the normal is close enough to round to 2 figures.
 T95 = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+STEPS = Cell(Base(), "base").steps
 METRICS = ("l0", "ev", "f1", "precision", "recall", "mcc", "absorption", "splitting", "uniqueness", "dead")
 # They are no point between continued training and anything.
 WITHOUT_PATH = ("base", "probes", "verdict_probes")
@@ -30,6 +31,7 @@ PHRASES: dict[str, Callable[[Any], str]] = {
     "delay_steps": lambda n: f"{n} steps late",
     "explanation_noise": lambda p: f"{p:.0%} explained by a relative",
     "leniency": lambda p: f"{p:.0%} lenient to relatives",
+    "keep_rounds": lambda n: "verdicts kept for a round" if n == 1 else f"verdicts kept for {n} rounds",
     "rollout_gamma": lambda x: f"rollouts' gamma {x:g}",
     "rollout_share": lambda p: f"{p:.0%} of verdicts on rollouts",
     "reader_cosine": lambda x: f"readers at cosine {x:g}",
@@ -42,6 +44,8 @@ def start_of(cell: Mapping[str, Any]) -> str:
     base, usual = cell["base"], asdict(Base())
     name = start_name(Start(base["world"], base["architecture"], base["k"]))
     name += f" tuned at k {cell['k']}" if cell["k"] != base["k"] else ""
+    if cell["steps"] != STEPS:
+        name += f", {cell['steps']} steps of tuning"
     return name + (f", {base['steps']} steps" if base["steps"] != usual["steps"] else "")
 
 
@@ -52,7 +56,7 @@ def start_name(start: Start) -> str:
 def label(cell: Mapping[str, Any]) -> str:
     """What is done to the base: the method and what is not as usual; gamma, seed and start aside."""
     usual = asdict(Cell(Base(), cell["method"]))
-    named = ("base", "method", "k", "gamma")
+    named = ("base", "method", "k", "gamma", "steps", "pool")
     unusual = [(key, value) for key, value in cell.items() if key not in named and value != usual[key]]
     said = [PHRASES[key](value) if key in PHRASES else f"{key} {value}" for key, value in unusual]
     return ", ".join([cell["method"], *said])
@@ -144,3 +148,8 @@ def interval(numbers: Sequence[float], signed: bool = False) -> str:
         return shown
     quantile = T95[len(there) - 1] if len(there) <= len(T95) else 1.96
     return f"{shown} ± {quantile * statistics.stdev(there) / math.sqrt(len(there)):.3f}"
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    aligned = "|" + "|".join("---" if column == 0 else "---:" for column in range(len(head))) + "|"
+    return "\n".join(["| " + " | ".join(head) + " |", aligned, *("| " + " | ".join(row) + " |" for row in rows)])

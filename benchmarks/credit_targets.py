@@ -7,10 +7,11 @@ take credit for, and with true labels, the most that any judge could know: what 
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from typing import NamedTuple
 
-from credit_grid import BATCHTOPK, DEFAULT, FAMILIES, MATRYOSHKA
-from credit_rows import Results, Row, differences, interval, mean, start_name, values
+from credit_grid import BATCHTOPK, BOTH, DEFAULT, FAMILIES, KEPT, MATRYOSHKA, ROLLOUTS
+from credit_rows import Results, Row, differences, interval, label, mean, start_name, start_of, values
 
 from sae_ray.evaluation.proving_ground_frontier import undominated
 
@@ -18,6 +19,12 @@ SHUFFLED, TRUTH, BROAD = (
     f"{DEFAULT}, shuffled verdicts",
     "true_labels",
     f"{DEFAULT}, explained against random negatives",
+)
+_LONGER = asdict(BATCHTOPK.cell(0, BOTH, **KEPT, **ROLLOUTS))
+COMBINED = (start_of(_LONGER), label(_LONGER))
+COMBINED_2048 = (
+    COMBINED[0],
+    label({**_LONGER, "verdicts": 2048, "rollout_gamma": 0.2, "rollout_share": 0.25}),
 )
 EV_SLACK = 0.01  # what the issue calls equal EV
 NO_GAIN = 0.005  # of F1: less than two seeds of continued training differ by
@@ -34,8 +41,10 @@ class Finding(NamedTuple):
 
 def targets(results: Results) -> list[Finding]:
     return [
-        _at_least(results, DEFAULT, 0.80),
-        _at_least(results, f"{DEFAULT}, 2048 verdicts", 0.83),
+        _at_least(results, start_name(BATCHTOPK), DEFAULT, 0.80, 0.70),
+        _at_least(results, *COMBINED, 0.80, 0.70),
+        _at_least(results, start_name(BATCHTOPK), f"{DEFAULT}, 2048 verdicts", 0.83, 0.70),
+        _at_least(results, *COMBINED_2048, 0.83, None),
         _over_matryoshka(results),
         _moonshot(results),
         _absorption(results, start_name(FAMILIES), "base", FAMILIES.k),
@@ -49,17 +58,34 @@ def verdict(finding: Finding) -> str:
     return "not run" if finding.met is None else "met" if finding.met else "**missed**"
 
 
-def _at_least(results: Results, name: str, least: float) -> Finding:
-    start, l0, level = start_name(BATCHTOPK), BATCHTOPK.k, 0.70
+def _at_least(results: Results, start: str, name: str, least: float, level: float | None) -> Finding:
+    """F1 and MCC at an EV; None: at the EV that the cells of their largest gamma have."""
+    l0 = BATCHTOPK.k
+
+    def found(of: str) -> dict[int, Row]:
+        if level is not None:
+            return results.at(start, of, l0, level)
+        return results.rows(start, of, max(results.gammas(start, of), default=0.0), l0)
 
     def said(of: str) -> str:
-        rows = results.at(start, of, l0, level)
-        return f"F1 {interval(values(rows, 'f1'))}, MCC {interval(values(rows, 'mcc'))}{_seeds(rows)}" if rows else ""
+        rows = found(of)
+        if not rows:
+            return ""
+        ev = "" if level is not None else f" at EV {interval(values(rows, 'ev'))}"
+        return f"F1 {interval(values(rows, 'f1'))}, MCC {interval(values(rows, 'mcc'))}{ev}{_seeds(rows)}"
 
-    rows = results.at(start, name, l0, level)
+    rows = found(name)
     lowest = min(mean(values(rows, "f1")), mean(values(rows, "mcc"))) if rows else math.nan
-    what = f"{start}, {name}: F1 and MCC at least {least:.2f} at EV {level:.2f}, L0 {l0}"
-    return Finding(what, said(name), said(SHUFFLED), said(TRUTH), _met(lowest, lowest >= least))
+    where = f" at EV {level:.2f}" if level is not None else ""
+    what = f"{start}, {name}: F1 and MCC at least {least:.2f}{where}, L0 {l0}"
+    return Finding(what, said(name), said(_shuffled(results, start, name)), said(TRUTH), _met(lowest, lowest >= least))
+
+
+def _shuffled(results: Results, start: str, name: str) -> str:
+    """The same cells with shuffled verdicts; the usual ones' where these have none of their own."""
+    cells = results.cells.get(start, {})
+    own = results.shuffled(start, name) if name in cells else SHUFFLED
+    return own if own in cells else SHUFFLED
 
 
 def _over_matryoshka(results: Results) -> Finding:
