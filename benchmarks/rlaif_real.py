@@ -1,13 +1,13 @@
 """RLAIF on a real language model against its controls: SmolLM2-135M judged by itself, scored by what never taught it.
 
-    .venv/bin/python benchmarks/rlaif_real.py [--smoke] [--minutes 120] [--arms rlaif gentle shuffled random_negatives]
+    .venv/bin/python benchmarks/rlaif_real.py [--smoke] [--minutes 120] [--arms rlaif strong shuffled random_negatives]
         [--out runs/rlaif-real] [--docs docs] [--only-table]
 
 One BatchTopK (and, for comparison, one Matryoshka) is trained by reconstruction. From its exported file
 (`sae.init_from`, `trainer.steps: 0`) the arms fine-tune it on the same batches, with rewards for the same latents:
 
     rlaif               the default estimator and gamma
-    gentle              a tenth of that gamma
+    strong              ten times that gamma
     own_cuts            as rlaif, a yes where the explanation's own scores say (`rlaif.verdict_cut`)
     shuffled            as rlaif, the verdicts of each kind of text dealt anew over all latents
     own_shuffled        as own_cuts, dealt anew in the same way

@@ -44,7 +44,7 @@ class Sizes:
 FULL = Sizes(
     layer=9, d_sae=4608, k=32, base_steps=1000, steps=240, rounds=1, latents=40, evidence_blocks=48, heldout_blocks=64,
     judged=(40, 16, 16, 24), texts=16, min_contexts=12, simulated=8, core_blocks=12, ce_sequences=12,
-    max_context_share=0.15, arms=("rlaif", "gentle", "own_cuts", "shuffled", "own_shuffled", "random_negatives"),
+    max_context_share=0.15, arms=("rlaif", "strong", "own_cuts", "shuffled", "own_shuffled", "random_negatives"),
 )  # fmt: skip
 SMOKE = Sizes(
     layer=2, d_sae=512, k=16, base_steps=40, steps=12, rounds=1, latents=6, evidence_blocks=12, heldout_blocks=12,
@@ -67,7 +67,7 @@ def arms(sizes: Sizes) -> dict[str, Config]:
     """The keys of `rlaif` in which each arm differs from the first."""
     return {
         FIRST: {},
-        "gentle": {"gamma": 0.03},
+        "strong": {"gamma": 0.3},
         "own_cuts": {"verdict_cut": "own"},
         "own_shuffled": {"verdict_cut": "own", "shuffle_verdicts": True},
         "shuffled": {"shuffle_verdicts": True},
