@@ -5,13 +5,15 @@ And by which interface of this machine others reach it.
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import os
+import sys
 from pathlib import Path
 
 import psutil
 
-from sae_ray.errors import UserError
+from sae_ray.errors import UserError, printable
 
 # As Ray looks for it.
 TOKEN_FILE = Path("~/.ray/auth_token")
@@ -49,11 +51,20 @@ def check_token(host: str, where: str, trust: bool, how_to_trust: str) -> None:
             f"{where}: whoever reaches a Ray cluster without tokens can run code on it; set RAY_AUTH_MODE=token and "
             f"RAY_AUTH_TOKEN, or say {how_to_trust} if nobody else reaches it"
         )
-    if has_mode and not has_token():
+    if not has_mode:
+        _warn_of_trust(where)
+    elif not has_token():
         raise UserError(
             f"{where}: RAY_AUTH_MODE is token and there is none: set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, or put it "
             f"into {TOKEN_FILE}"
         )
+
+
+@functools.cache
+def _warn_of_trust(where: str) -> None:
+    """Once, however often it is looked at."""
+    warning = f"warning: {where}: without a token, whoever reaches this cluster can run code on it"
+    print(f"sae-ray: {printable(warning)}", file=sys.stderr)
 
 
 def has_token() -> bool:

@@ -10,7 +10,7 @@ import pytest
 
 from sae_ray.config import JudgeConfig, RayConfig
 from sae_ray.errors import UserError
-from sae_ray.network import interface_of, is_loopback
+from sae_ray.network import check_token, interface_of, is_loopback
 from sae_ray.session import IN_A_JOB, _on_loopback, check_address
 
 
@@ -97,3 +97,12 @@ def test_the_token_of_an_own_ray_is_nobody_elses_to_read(monkeypatch, tmp_path):
 def test_an_interface_is_found_by_its_address_and_none_by_anothers():
     assert interface_of("127.0.0.1") in ("lo", "lo0")
     assert interface_of("203.0.113.9") is None
+
+
+def test_whoever_trusts_a_network_is_warned_once(capsys):
+    for _ in range(2):
+        check_token("10.1.2.3", "ray.address = '10.1.2.3:6379'", True, "ray.trust_network: true")
+    said = capsys.readouterr().err
+    assert said.count("warning: ray.address = '10.1.2.3:6379': without a token") == 1
+    check_token("127.0.0.1", "ray.address = '127.0.0.1:6379'", True, "ray.trust_network: true")
+    assert capsys.readouterr().err == ""
