@@ -22,14 +22,14 @@ from sae_ray.activations.block import Block
 from sae_ray.config import RunConfig
 from sae_ray.errors import UserError
 from sae_ray.network import interface_of
-from sae_ray.reward.evidence import ContextScan, layout_contexts, scan_contexts
+from sae_ray.reward.evidence import ContextLayout, ContextScan
 from sae_ray.sae.formats import check_fits, import_sae
-from sae_ray.sae.selection import select_above
-from sae_ray.trainer import checkpoint, gamma_hold
+from sae_ray.trainer import checkpoint, gamma_hold, responses
 from sae_ray.trainer.collectives import Collectives
 from sae_ray.trainer.credit_state import reshard
 from sae_ray.trainer.mesh import Mesh
 from sae_ray.trainer.mixing import Cursor, next_cursor, window_batches
+from sae_ray.trainer.responses import activations, fetch, own_latents
 from sae_ray.trainer.saving import ShardWriter
 from sae_ray.trainer.sharded_sae import CreditLoss, ShardedTrainer
 from sae_ray.variants import SAESpec
@@ -120,7 +120,7 @@ class TrainerRank:
         Raises:
             UserError: a block holds a number that is not finite, or an SAE to start from does not fit.
         """
-        acts = self._activations(_fetch(first_window_blocks))
+        acts = activations(fetch(first_window_blocks), self._hooks)
         self.copies = {name: self._new_trainer(name) for name in self.specs}
         for name, trainer in self.copies.items():
             spec = self.specs[name]
@@ -146,9 +146,9 @@ class TrainerRank:
             UserError: a block holds a number that is not finite (it is named; nothing was trained).
         """
         began = time.perf_counter()
-        fetched = _fetch(blocks)
+        fetched = fetch(blocks)
         waited = time.perf_counter() - began
-        acts = self._activations(fetched)
+        acts = activations(fetched, self._hooks)
         n_tokens = sum(block.n_tokens for block in fetched)
         batches = window_batches(window, n_tokens, self.cfg.trainer.batch_tokens, self.cfg.seed)
         todo = batches[start_batch : None if max_steps is None else start_batch + max_steps]
@@ -188,25 +188,19 @@ class TrainerRank:
             batch: one reference to a `reward.credit.RewardBatch`.
             evidence: references of the evidence blocks that its context ids refer to.
         """
-        from sae_ray.reward.credit import ESTIMATORS, LatentState, gate_units
+        from sae_ray.reward.credit import ESTIMATORS
 
         main = self.copies["main"]
-        own = _fetch(batch)[0].for_shard(main.first_latent, main.last_latent)
+        own = fetch(batch)[0].for_shard(main.first_latent, main.last_latent)
         self.credit = None  # replaced also where no latent of this shard earns a gradient any more
         self.credit_factor = own.gamma_factor
         if self._hold is not None:
             self._hold.begin()
         if len(own.latents) and self.cfg.rlaif.gamma * self.credit_factor > 0:
-            acts_TD, layout = self._with_layout(_fetch(evidence), self.cfg.judge.context_tokens)
-            rows_N = torch.from_numpy(own.latents - main.first_latent).to(self.mesh.device)
-            x_TD, centre_D = main.scaled(acts_TD), _centre(main).clone()
-            W_ND, b_N = main.W_enc_mD[rows_N], main.b_enc_m[rows_N]
-            units_N = main.thresholds_m()[rows_N].clone()
-            if not bool((units_N > 0).all()):
-                units_N = gate_units(units_N, torch.addmm(b_N, x_TD - centre_D, W_ND.T))
-            latents = LatentState(W_ND, b_N, centre_D, units_N)
-            estimator = ESTIMATORS[self.cfg.rlaif.estimator]
-            self.credit = estimator.fit(self._credit_settings(), own, latents, x_TD, layout)
+            acts_TD, layout = self._with_layout(fetch(evidence), self.cfg.judge.context_tokens)
+            x_TD = main.scaled(acts_TD)
+            state = responses.latent_state(main, own.latents, x_TD)
+            self.credit = ESTIMATORS[self.cfg.rlaif.estimator].fit(self._credit_settings(), own, state, x_TD, layout)
         return {"latents": len(own.latents), "installed": self.credit is not None, "step": main.steps_done}
 
     def fork_control(self) -> None:
@@ -219,50 +213,29 @@ class TrainerRank:
         """In how many contexts each latent of this shard is active: int64 [m]."""
         trainer = self._copy(which)
         total_m = torch.zeros(len(trainer.b_enc_m), dtype=torch.int64)
-        for block in _fetch(blocks):
-            acts_TD, layout = self._with_layout([block], context_tokens)
-            # The threshold gate, for topk too: evidence must not need a collective, because its calls and
-            # the windows may reach the ranks in different orders.
-            rows_N, cols_N, _ = select_above(trainer.pre_activations(acts_TD), trainer.thresholds_m())
-            pairs = layout.context_T[rows_N.cpu()] * len(total_m) + cols_N.cpu()
-            total_m += torch.bincount(torch.unique(pairs) % len(total_m), minlength=len(total_m))
+        for block in fetch(blocks):
+            total_m += responses.contexts_active(trainer, *self._with_layout([block], context_tokens))
         return total_m.numpy()
 
     @torch.no_grad()
     def scan(self, blocks: list[Any], context_tokens: int, latents: list[int], which: str = "main") -> ContextScan:
         """Responses of those of `latents` that this shard holds, to every context of `blocks`."""
         trainer = self._copy(which)
-        local = self._local(latents, trainer)
-        acts_TD, layout = self._with_layout(_fetch(blocks), context_tokens)
-        rows = torch.from_numpy(local - trainer.first_latent).to(self.mesh.device)
-        return scan_contexts(
-            trainer.scaled(acts_TD).cpu(),
-            layout,
-            local,
-            trainer.W_enc_mD[rows].cpu(),
-            trainer.b_enc_m[rows].cpu(),
-            _centre(trainer).cpu(),
-            trainer.thresholds_m()[rows].cpu(),
-        )
+        acts_TD, layout = self._with_layout(fetch(blocks), context_tokens)
+        return responses.scan(trainer, acts_TD, layout, own_latents(trainer, latents))
 
     def decoder_rows(self, latents: list[int], which: str = "main") -> tuple[np.ndarray, np.ndarray]:
         """(ids int64 [n], rows [n, D]) of those of `latents` that this shard holds."""
         trainer = self._copy(which)
-        local = self._local(latents, trainer)
-        rows_nD = trainer.W_dec_mD[torch.from_numpy(local - trainer.first_latent).to(self.mesh.device)]
-        return local, rows_nD.cpu().numpy()
+        own_n = own_latents(trainer, latents)
+        return own_n, responses.decoder_rows(trainer, own_n)
 
     def unit_rows(self, latents: list[int], which: str = "main") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ids int64 [n] of those of `latents` that this shard holds, and their unit encoder and decoder rows, float16
-        [n, D]; no communication."""
+        [n, D]."""
         trainer = self._copy(which)
-        local = self._local(latents, trainer)
-        rows = torch.from_numpy(local - trainer.first_latent).to(self.mesh.device)
-        unit = [
-            torch.nn.functional.normalize(W_mD[rows].float(), dim=1).half().cpu().numpy()
-            for W_mD in (trainer.W_enc_mD, trainer.W_dec_mD)
-        ]
-        return local, unit[0], unit[1]
+        own_n = own_latents(trainer, latents)
+        return own_n, *responses.unit_rows(trainer, own_n)
 
     # ----------------------------------------------------------------------------- checkpoints
 
@@ -400,16 +373,9 @@ class TrainerRank:
             raise UserError(f"the trainer holds no {which!r} copy, only {', '.join(self.copies) or 'none'}")
         return self.copies[which]
 
-    def _local(self, latents: list[int], trainer: ShardedTrainer) -> np.ndarray:
-        ids = np.asarray(latents, dtype=np.int64)
-        return ids[(ids >= trainer.first_latent) & (ids < trainer.last_latent)]
-
-    def _with_layout(self, blocks: list[Block], context_tokens: int) -> tuple[torch.Tensor, Any]:
+    def _with_layout(self, blocks: list[Block], context_tokens: int) -> tuple[torch.Tensor, ContextLayout]:
         hook = self.specs["main"].hook.name
-        acts_TD = self._activations(blocks, [hook])[hook]
-        sequences, length = blocks[0].tokens_SL.shape
-        places = [(block.seq_T, block.pos_T) for block in blocks]
-        return acts_TD, layout_contexts(places, sequences, length, context_tokens)
+        return activations(blocks, [hook])[hook], responses.layout_of(blocks, context_tokens)
 
     def _read_metrics(self) -> list[dict[str, float]]:
         rows = self.copies["main"].read_metrics()
@@ -421,40 +387,5 @@ class TrainerRank:
                     row |= {f"{name}/{key}": value for key, value in other.items() if key != "step"}
         return rows
 
-    def _activations(self, blocks: list[Block], hooks: list[str] | None = None) -> dict[str, torch.Tensor]:
-        """All kept tokens' raw activations at some hook points (None: all), blocks in order: [T, D] each.
-
-        Raises:
-            UserError: a block holds a number that is not finite.
-        """
-        names = self._hooks if hooks is None else hooks
-        return {name: torch.cat([_finite(block, name) for block in blocks]) for name in names}
-
     def _timeout(self) -> timedelta:
         return timedelta(seconds=self.cfg.trainer.step_timeout_s)
-
-
-def _centre(trainer: ShardedTrainer) -> torch.Tensor:
-    """[d_in], what the encoder subtracts from a scaled input."""
-    return trainer.b_dec_D if trainer.subtract_b_dec else trainer.W_enc_mD.new_zeros(trainer.d_in)
-
-
-def _fetch(references: list[Any]) -> list[Any]:
-    """The objects behind references, blocks unpacked (zero-copy views of the object store)."""
-    import ray
-
-    values = [ray.get(item) if isinstance(item, ray.ObjectRef) else item for item in references]
-    is_block = [isinstance(value, dict) and "acts" in value for value in values]
-    return [Block.from_numpy_dict(value) if block else value for value, block in zip(values, is_block, strict=True)]
-
-
-def _finite(block: Block, hook: str) -> torch.Tensor:
-    acts_TD = block.acts_TD(hook=hook)
-    # One pass over the block in the usual case: a sum is finite only if every term is.
-    if not torch.isfinite(acts_TD.sum(dtype=torch.float32)) and not torch.isfinite(acts_TD).all():
-        bad = int((~torch.isfinite(acts_TD)).any(1).sum())
-        raise UserError(
-            f"block {block.block_id}: {bad} of {len(acts_TD)} tokens have activations at {hook} that are not "
-            "finite; a float16 model overflows where bfloat16 or float32 does not (model.dtype)"
-        )
-    return acts_TD

@@ -1,0 +1,132 @@
+"""Blocks as a rank reads them, and what its shard's latents do on them. No communication: calls about evidence and the
+windows may reach the ranks in different orders.
+
+Suffixes: m latents of the shard, n or N some of them, T tokens, D d_in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from sae_ray.activations.block import Block
+from sae_ray.errors import UserError
+from sae_ray.reward.evidence import ContextLayout, ContextScan, layout_contexts, scan_contexts
+from sae_ray.sae.selection import select_above
+from sae_ray.trainer.sharded_sae import ShardedTrainer
+
+if TYPE_CHECKING:
+    from sae_ray.reward.credit import LatentState
+
+# ----------------------------------------------------------------------------- blocks
+
+
+def fetch(references: list[Any]) -> list[Any]:
+    """The objects behind references, blocks unpacked (zero-copy views of the object store)."""
+    import ray
+
+    values = [ray.get(item) if isinstance(item, ray.ObjectRef) else item for item in references]
+    is_block = [isinstance(value, dict) and "acts" in value for value in values]
+    return [Block.from_numpy_dict(value) if block else value for value, block in zip(values, is_block, strict=True)]
+
+
+def activations(blocks: Sequence[Block], hooks: Sequence[str]) -> dict[str, torch.Tensor]:
+    """All kept tokens' raw activations at some hook points, blocks in order: [T, D] each.
+
+    Raises:
+        UserError: a block holds a number that is not finite.
+    """
+    return {hook: torch.cat([_finite(block, hook) for block in blocks]) for hook in hooks}
+
+
+def _finite(block: Block, hook: str) -> torch.Tensor:
+    acts_TD = block.acts_TD(hook=hook)
+    # One pass over the block in the usual case: a sum is finite only if every term is.
+    if not torch.isfinite(acts_TD.sum(dtype=torch.float32)) and not torch.isfinite(acts_TD).all():
+        bad = int((~torch.isfinite(acts_TD)).any(1).sum())
+        raise UserError(
+            f"block {block.block_id}: {bad} of {len(acts_TD)} tokens have activations at {hook} that are not "
+            "finite; a float16 model overflows where bfloat16 or float32 does not (model.dtype)"
+        )
+    return acts_TD
+
+
+def layout_of(blocks: Sequence[Block], context_tokens: int) -> ContextLayout:
+    """Which context each kept token of `blocks` is in."""
+    sequences, length = blocks[0].tokens_SL.shape
+    return layout_contexts([(block.seq_T, block.pos_T) for block in blocks], sequences, length, context_tokens)
+
+
+# ----------------------------------------------------------------------------- latents
+
+
+def own_latents(trainer: ShardedTrainer, latents: list[int]) -> np.ndarray:
+    """Ids int64 [n] of those of `latents` that this shard holds."""
+    ids = np.asarray(latents, dtype=np.int64)
+    return ids[(ids >= trainer.first_latent) & (ids < trainer.last_latent)]
+
+
+def contexts_active(trainer: ShardedTrainer, acts_TD: torch.Tensor, layout: ContextLayout) -> torch.Tensor:
+    """In how many contexts each latent of the shard is active: int64 [m]."""
+    n_latents = len(trainer.b_enc_m)
+    # The threshold gate, for topk too: its own selection would need a collective.
+    rows_N, cols_N, _ = select_above(trainer.pre_activations(acts_TD), trainer.thresholds_m())
+    pairs = layout.context_T[rows_N.cpu()] * n_latents + cols_N.cpu()
+    return torch.bincount(torch.unique(pairs) % n_latents, minlength=n_latents)
+
+
+def scan(trainer: ShardedTrainer, acts_TD: torch.Tensor, layout: ContextLayout, own_n: np.ndarray) -> ContextScan:
+    """Responses of latents that this shard holds to every context."""
+    rows = _rows(trainer, own_n)
+    return scan_contexts(
+        trainer.scaled(acts_TD).cpu(),
+        layout,
+        own_n,
+        trainer.W_enc_mD[rows].cpu(),
+        trainer.b_enc_m[rows].cpu(),
+        _centre(trainer).cpu(),
+        trainer.thresholds_m()[rows].cpu(),
+    )
+
+
+def decoder_rows(trainer: ShardedTrainer, own_n: np.ndarray) -> np.ndarray:
+    """[n, D] of latents that this shard holds."""
+    rows_nD: np.ndarray = trainer.W_dec_mD[_rows(trainer, own_n)].cpu().numpy()
+    return rows_nD
+
+
+def unit_rows(trainer: ShardedTrainer, own_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Unit encoder and decoder rows of latents that this shard holds, float16 [n, D] each."""
+    rows = _rows(trainer, own_n)
+    encoder, decoder = (
+        F.normalize(W_mD[rows].float(), dim=1).half().cpu().numpy() for W_mD in (trainer.W_enc_mD, trainer.W_dec_mD)
+    )
+    return encoder, decoder
+
+
+def latent_state(trainer: ShardedTrainer, own_n: np.ndarray, x_TD: torch.Tensor) -> LatentState:
+    """What a credit is fitted to: latents that this shard holds, and the units of their gates.
+
+    Args:
+        x_TD: scaled inputs.
+    """
+    from sae_ray.reward.credit import LatentState, gate_units
+
+    rows, centre_D = _rows(trainer, own_n), _centre(trainer).clone()
+    W_ND, b_N, units_N = trainer.W_enc_mD[rows], trainer.b_enc_m[rows], trainer.thresholds_m()[rows].clone()
+    if not bool((units_N > 0).all()):
+        units_N = gate_units(units_N, torch.addmm(b_N, x_TD - centre_D, W_ND.T))
+    return LatentState(W_ND, b_N, centre_D, units_N)
+
+
+def _rows(trainer: ShardedTrainer, own_n: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(own_n - trainer.first_latent).to(trainer.b_enc_m.device)
+
+
+def _centre(trainer: ShardedTrainer) -> torch.Tensor:
+    """[d_in], what the encoder subtracts from a scaled input."""
+    return trainer.b_dec_D if trainer.subtract_b_dec else trainer.W_enc_mD.new_zeros(trainer.d_in)
