@@ -7,12 +7,13 @@ plain lines elsewhere, and keeps `status.json` for who looks from elsewhere. Gau
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -38,7 +39,7 @@ class RunLog:
         self._metrics_path = run_dir / "metrics.jsonl"
         self.is_new = not self._metrics_path.exists()
         self._metrics = self._metrics_path.open("a", encoding="utf-8")
-        self._events = (run_dir / "events.jsonl").open("a", encoding="utf-8")
+        self._events = _appended(run_dir / "events.jsonl")
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_at + 1 if resume_at else None)
         self.rewind(resume_at)
 
@@ -72,14 +73,21 @@ class RunLog:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL file; a last line torn by a crash is left out."""
+    """Rows of a JSONL file; lines torn by a crash are left out."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
+    # Not by `splitlines`, which takes more characters for ends of lines than JSON escapes.
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
     return rows
+
+
+def _appended(path: Path) -> TextIO:
+    """A JSONL file to append to; what a crash tore at its end stays a line of its own."""
+    file = path.open("a", encoding="utf-8")
+    if (held := path.read_bytes()) and not held.endswith(b"\n"):
+        file.write("\n")
+    return file
 
 
 class RateMeter:

@@ -31,6 +31,17 @@ def test_a_line_torn_by_a_crash_is_left_out(tmp_path):
     assert path.read_text() == '{"step": 1}\n'
 
 
+def test_events_after_a_torn_one_are_whole(tmp_path):
+    path = tmp_path / "events.jsonl"
+    path.write_text('{"event": "commit", "step": 8}\n{"event": "comm', encoding="utf-8")
+    for step in (16, 24):
+        log = RunLog(tmp_path)
+        log.event("commit", step=step, said="a\u2028b")
+        log.close()
+    assert [row["step"] for row in read_jsonl(path)] == [8, 16, 24]
+    assert path.read_text(encoding="utf-8").count("\n") == 4
+
+
 def test_a_crash_while_steps_are_cut_loses_none_of_the_others(tmp_path, monkeypatch):
     log = RunLog(tmp_path)
     log.metrics([{"step": step} for step in (1, 2, 3)])
