@@ -219,7 +219,7 @@ def paper(console: Console, seed: int) -> dict[str, Any]:
         rows.append((f"window_blocks {2 * plan.mix_blocks}, twice mix_blocks, instead", simulate(*narrow, seed)))
         # Autoscaling aims at 8 calls a replica, and the one desk keeps no more than 8 open.
         desk = replace(loop, open_latents=1, max_replicas=1)
-        rows.append(("judge.max_in_flight 8, the default: one replica", simulate(desk, rates, seed)))
+        rows.append(("judge.max_in_flight 8: one replica", simulate(desk, rates, seed)))
         slow = replace(loop, max_staleness_steps=60)
         rows.append(("max_staleness_steps 60, the default", simulate(slow, rates, seed)))
         _table(console, f"{plan.d_sae:,} latents on {now.gpus} GPUs, {label}", rows, plan, hardware)

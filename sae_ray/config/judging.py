@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -88,9 +89,22 @@ class JudgeConfig(FencedSection):
         description="a replica whose engine has work and finishes nothing for so long is replaced some 30 s later",
     )
     max_attempts: Positive = 5
-    max_in_flight: Positive = Field(8, description="calls one caller keeps open")
+    max_in_flight: Positive | None = Field(
+        None,
+        description="calls one caller keeps open; null: what all replicas that autoscaling may start aim at together",
+    )
     autoscaling: AutoscalingConfig = AutoscalingConfig()
     calibration: CalibrationConfig = CalibrationConfig()
+
+    @property
+    def calls_in_flight(self) -> int:
+        """`max_in_flight`, decided."""
+        return self.max_in_flight or self.autoscaling.max_replicas * self.autoscaling.target_ongoing_requests
+
+    @property
+    def replicas_worth(self) -> int:
+        """How many replicas a caller can keep busy: who asks has as much work open."""
+        return math.ceil(self.calls_in_flight / self.autoscaling.target_ongoing_requests)
 
     @model_validator(mode="after")
     def _one_way_to_a_judge(self) -> JudgeConfig:

@@ -82,7 +82,7 @@ class Judge(ABC):
         self.counters = Counters()
         self.busy = BusyShare()
         self.last_error: str | None = None
-        self._slots = asyncio.Semaphore(cfg.max_in_flight)
+        self._slots = asyncio.Semaphore(cfg.calls_in_flight)
         self._readings: OrderedDict[Key, Reading] = OrderedDict()
         self._pending: dict[Key, asyncio.Future[Reading | None]] = {}
         self._cache = cache

@@ -41,7 +41,7 @@ from sae_ray.session import Deadline, Interrupt, ray_session
 from sae_ray.storage import LocalStorage, aws_environment
 
 POLL_S = 1.0
-BATCHES_AT_ONCE = 2  # while one batch's explanations are written, the other's texts are read
+BATCHES_AT_ONCE = 2  # a replica; while one batch's explanations are written, the other's texts are read
 FIRST_SHARE = 4  # under a budget every latent first gets a quarter of its texts
 SETTINGS = "judging.json"
 # Keys of a judge that decide what it answers.
@@ -299,9 +299,10 @@ def _judge(
     started = time.monotonic()
     under_way: dict[ray.ObjectRef, tuple[Task, Deadline]] = {}
     cost: dict[str, float] = {}
+    at_once = BATCHES_AT_ONCE * config.judge.replicas_worth
     while True:
         stop = interrupt.requested or budget.spent(time.monotonic() - began, cost)
-        while not stop and len(under_way) < BATCHES_AT_ONCE and (task := schedule.next()) is not None:
+        while not stop and len(under_way) < at_once and (task := schedule.next()) is not None:
             ref = desk.judge.remote(task[0], list(task[1]), task[2])
             under_way[ref] = (task, Deadline(config.judging.batch_timeout_s, f"{len(task[1])} {task[0]}s to be judged"))
         if not under_way:

@@ -47,7 +47,7 @@ from sae_ray.reward.watch import held_out_scores, told, watch
 from sae_ray.storage import LocalStorage
 
 CHUNK_LATENTS = 8  # latents whose verdicts are committed together: what a crash can lose
-CHUNKS_AT_ONCE = 2
+CHUNKS_AT_ONCE = 2  # a replica; while one's explanations are being written, the judge reads the other's texts
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,7 @@ class RewardDesk:
         plans = make_plans(self.config, scan, number, latents)
         self.judge.bind(texts, scan)
         decoder = await self._look_at_decoder(ranks, evidence, scan)
-        # Two at a time: while one chunk's explanations are being written, the judge reads the other's texts.
-        chunks = asyncio.Semaphore(CHUNKS_AT_ONCE)
+        chunks = asyncio.Semaphore(CHUNKS_AT_ONCE * self.config.judge.replicas_worth)
 
         async def judge(start: int) -> _Judged:
             async with chunks:

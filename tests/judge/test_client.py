@@ -184,6 +184,21 @@ def test_calls_in_flight_are_bounded() -> None:
     assert handle.most_open == 3
 
 
+@pytest.mark.parametrize(
+    ("changes", "calls", "replicas"),
+    [
+        ({}, 8, 1),
+        ({"autoscaling": {"max_replicas": 40}}, 320, 40),
+        ({"autoscaling": {"max_replicas": 40}, "max_in_flight": 3}, 3, 1),
+        ({"autoscaling": {"max_replicas": 3, "target_ongoing_requests": 4}}, 12, 3),
+        ({"max_in_flight": 17}, 17, 3),
+    ],
+)
+def test_as_much_work_is_open_as_all_replicas_aim_at(changes: dict[str, Any], calls: int, replicas: int) -> None:
+    judge = config(**changes)
+    assert (judge.calls_in_flight, judge.replicas_worth) == (calls, replicas)
+
+
 def test_generations_keep_their_order_over_several_calls() -> None:
     async def ask() -> list[list[str] | None]:
         return await JudgeClient(Handle(), config()).generate([f"p{i}" for i in range(19)], n=2)
