@@ -21,12 +21,12 @@ ABOUT = [
     "place of the stream where each block has been used once; the last one bitwise the undisturbed run's; rewards",
     "(replayed) applied after the same steps; nothing half-written left; every verdict banked once.",
     "",
-    "Recovery is the time from the fault until a step was trained that had not been trained before: mostly the start of",
-    "processes. That an undisturbed run's numbers came out holds for any machine; the seconds do not.",
+    "Recovery is the time from the fault until a step was trained that had not been trained before: mostly the start",
+    "of processes. That an undisturbed run's numbers came out holds for any machine; the seconds do not.",
     "",
-    "Judges are not among these runs, whose rewards are replayed. One that is killed in the middle of a request, and one",
-    "whose engine hangs, are in `tests/integration/test_judge.py`, `test_judge_pool.py` and `test_judge_models.py`: every",
-    "call is answered, none twice.",
+    "Judges are not among these runs, whose rewards are replayed. One that is killed in the middle of a request, and",
+    "one whose engine hangs, are in `tests/integration/test_judge.py`, `test_judge_pool.py`, `test_judge_models.py`:",
+    "every call is answered, none twice.",
 ]
 
 
