@@ -163,7 +163,7 @@ def test_a_cluster_without_room_says_what_is_missing(ray_session: None, tmp_path
     config = run_config(tmp_path, wait_s=2)
     greedy = config.model_copy(update={"trainer": config.trainer.model_copy(update={"cpus": 30.0})})
     began = time.monotonic()
-    with pytest.raises(UserError, match=r"holds at most 0 of 1 of .* needs 60 CPU on one node;.* of 8 CPU"):
+    with pytest.raises(UserError, match=r"holds at most 0 of 1 places of .* needs 60 CPU on one node;.* of 8 CPU"):
         TrainerGroup.start(greedy, WIDTHS, generation=0)
     assert time.monotonic() - began < 30
 
