@@ -334,6 +334,7 @@ class Controller:
             raise UserError(f"trainer ranks died {self.generation} times (trainer.max_restarts = {limit}): {died}")
         self.progress.say(f"a trainer rank died; building the group again from step {self.committed_step}")
         self.desk.abandon_round()
+        self.rates.restart()  # steps begin again further back
         self.saving = None  # it never counted
         if hasattr(self, "group"):
             self.group.stop()

@@ -105,10 +105,15 @@ class _File(_Json, logging.FileHandler):
     pass
 
 
-class _Once(logging.Filter):
-    """A library's record comes by its own logger and, where it lets it, by the root: the second is dropped."""
+class _Wanted(logging.Filter):
+    """Of libraries warnings only, whatever level somebody gave the root; and each once.
+
+    A library's record comes by its own logger and, where it lets it, by the root: the second is dropped.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.WARNING and record.name.partition(".")[0] != "sae_ray":
+            return False
         seen: set[int] = record.__dict__.setdefault("_sae_ray_seen", set())
         known = id(self) in seen
         seen.add(id(self))
@@ -137,7 +142,7 @@ def start(run_dir: str | Path | None, run: str, role: str, secrets: tuple[str | 
             # An actor that has nothing to say makes no file.
             made.append(_File(folder / f"{name}.jsonl", encoding="utf-8", delay=role != "driver"))
     for handler in made:
-        handler.addFilter(_Once())
+        handler.addFilter(_Wanted())
         for logger in (logging.getLogger(), *map(logging.getLogger, _APART)):
             logger.addHandler(handler)
     _handlers.extend(made)

@@ -113,7 +113,9 @@ class RateMeter:
         return self._rate(1)
 
     def steps_per_s(self) -> float | None:
-        return self._rate(2)
+        """None too where no step is new: after a death they are trained again."""
+        rate = self._rate(2)
+        return rate if rate is not None and rate > 0 else None
 
     def _rate(self, column: int) -> float | None:
         if len(self._samples) < 3:

@@ -42,8 +42,9 @@ def test_a_record_says_of_which_run_generation_and_step_it_is(tmp_path):
 
 
 def test_what_libraries_warn_of_lands_there_once(tmp_path):
-    apart = logging.getLogger("transformers")
-    propagates = apart.propagate
+    apart, root = logging.getLogger("transformers"), logging.getLogger()
+    propagates, level = apart.propagate, root.level
+    root.setLevel(logging.DEBUG)  # as a library may
     warnings.simplefilter("always")
     try:
         for apart.propagate in (True, False):
@@ -54,6 +55,7 @@ def test_what_libraries_warn_of_lands_there_once(tmp_path):
             warnings.warn("of Python", stacklevel=1)
     finally:
         apart.propagate = propagates
+        root.setLevel(level)
     told = [row["message"] for row in rows(tmp_path)]
     assert [sum(word in each for each in told) for word in ("of a library", "of another", "of Python", "too much")] == [
         2, 2, 2, 0,

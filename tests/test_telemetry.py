@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from sae_ray.telemetry import Progress, RunLog, RunStatus, read_jsonl
+from sae_ray.telemetry import Progress, RateMeter, RunLog, RunStatus, read_jsonl
 
 
 def test_steps_that_will_be_trained_again_leave_the_metrics(tmp_path):
@@ -91,3 +91,18 @@ def test_on_a_terminal_progress_is_a_live_panel():
     assert "a line that stays" in out
     assert "step 3/4" in out
     assert "0.500" in out
+
+
+def test_a_rate_of_steps_is_none_while_old_steps_are_trained_again(monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr("sae_ray.telemetry.time.monotonic", lambda: next(clock))
+    rates = RateMeter()
+    for step in (8, 16, 24):
+        rates.add(100, step)
+    assert (rates.steps_per_s(), rates.tokens_per_s()) == (8, 100)
+    for step in (8, 16):  # a rank died at 24
+        rates.add(100, step)
+    assert rates.steps_per_s() == 2
+    rates.add(100, 8)
+    assert rates.steps_per_s() is None
+    assert rates.tokens_per_s() == 100

@@ -18,15 +18,16 @@ def asked(cpus: float, who: str = "trainer", bundles: int = 1, **labels: str) ->
     return Reservation(Ask(who, "rank", bundles, {"CPU": cpus}, labels, "trainer.cpus"))
 
 
-def taken(cpus: float) -> Reservation:
-    """The judges' place: taken before anybody else asks, because Ray serves in no order."""
-    others = asked(cpus, "judges")
+def taken() -> Reservation:
+    """The judges' place, all but one CPU of what is free; taken before anybody else asks: Ray serves in no order."""
+    (node,) = cluster_nodes()
+    others = asked(node.free["CPU"] - 1, "judges")
     wait_placed([others], RayConfig())
     return others
 
 
 def test_a_place_that_others_hold_is_waited_for_with_words_and_taken_when_it_is_free() -> None:
-    others = taken(7)
+    others = taken()
     ours = asked(4)
     said: list[str] = []
 
@@ -48,7 +49,7 @@ def test_a_place_that_others_hold_is_waited_for_with_words_and_taken_when_it_is_
 
 
 def test_a_place_that_stays_taken_ends_the_wait_at_its_deadline() -> None:
-    others, ours = taken(7), asked(4)
+    others, ours = taken(), asked(4)
     try:
         with pytest.raises(UserError, match=r"too little CPU is free .*waited 3 s \(ray\.wait_s\)$"):
             wait_placed([ours], RayConfig(wait_s=3))
