@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import signal
 import socket
@@ -63,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=400, help=f"in all; judges are asked after the first {BEFORE}")
+    parser.add_argument("--steps", type=int, default=500, help=f"in all; judges are asked after the first {BEFORE}")
     parser.add_argument("--set", action="append", default=[], help="further keys of the config")
     args = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))
@@ -89,7 +90,10 @@ def main() -> None:
                 raise SystemExit("the round was not applied before the last step: ask for more --steps")
             rates = with_judges.rate(first, applied), without.rate(first, applied)
             # The step at which the rewards come waits for them to be fitted.
-            after = with_judges.rate(applied + 5, args.steps) / without.rate(applied + 5, args.steps)
+            begins = applied + 5
+            after = math.nan
+            if begins + 20 < args.steps:
+                after = with_judges.rate(begins, args.steps) / without.rate(begins, args.steps)
             asking.append(rates[0] / rates[1])
             credited.append(after)
             table.add_row(
@@ -117,7 +121,8 @@ def _run(config: str, folder: Path, name: str, sets: list[str], cores: list[int]
                     at.setdefault(json.loads(rows[-1])["step"], time.monotonic())
             time.sleep(POLL_S)
     if process.returncode:
-        raise SystemExit((folder / f"{name}.log").read_text()[-2000:])
+        told = [(folder / f"{log}.log").read_text()[-2000:] for log in (name, "server")]
+        raise SystemExit("\n".join(told))
     events = read_jsonl(folder / name / "events.jsonl")
     requested = [event["step"] for event in events if event["event"] == "round_requested"]
     applied = [event["at_step"] for event in events if event["event"] == "rewards_applied"]
@@ -134,6 +139,8 @@ def _server(core: int, folder: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", resolve_model(judge.model)]
     command += ["--served-model-name", "judge", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--max-model-len", "512", "--kv-cache-memory-bytes", str(1 << 29), "--enforce-eager"]
+    # What `judge.deploy` sets on CPUs: a seeded request whose prompt is cut in two ends vLLM there.
+    command += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", "2048"]
     command += ["--max-num-seqs", "32", "--enable-prompt-tokens-details"]
     with (folder / "server.log").open("w") as said:
         process = subprocess.Popen(
