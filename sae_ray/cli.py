@@ -253,6 +253,8 @@ def status(
             with contextlib.suppress(KeyboardInterrupt):
                 watch(run, Console(), once)
             return
+        if "/" in run:
+            raise UserError(f"{run}: is no run folder: there is no config.yaml in it")
     from sae_ray.submission import Jobs, print_status
 
     print_status(Jobs(address, trust_network), run, Console())

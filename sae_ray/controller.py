@@ -117,6 +117,7 @@ class Controller:
         self._finish_save()
         if self.committed_step < self.submitted_step:
             self._save(pin="final")
+        self.measures.show(self, at_once=True)
         waits = self.stream.waits
         self.log.event(
             "waits", trainer_wait_share=waits.trainer_wait_share, producers_idle_share=waits.producers_idle_share

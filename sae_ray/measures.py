@@ -126,11 +126,15 @@ class Measures:
         if what == "round":
             self._round_s = seconds
 
-    def show(self, run: Controller) -> None:
-        """Brings `run.status` up to date; once a second its `measures` too, and every gauge that has a value."""
+    def show(self, run: Controller, at_once: bool = False) -> None:
+        """Brings `run.status` up to date; once a second its `measures` too, and every gauge that has a value.
+
+        Args:
+            at_once: the measures too, however lately that was: nothing is to come.
+        """
         self._look(run)
         now = time.monotonic()
-        if now - self._shown < EVERY_S:
+        if now - self._shown < EVERY_S and not at_once:
             return
         self._shown = now
         measured = self.measure(run, now)

@@ -139,6 +139,14 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
     running.stop()
 
 
+def test_a_folder_without_a_run_is_not_asked_of_a_cluster(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["sae-ray", "status", f"{tmp_path}/nothing"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    assert f"{tmp_path}/nothing: is no run folder" in capsys.readouterr().err
+
+
 def test_beside_checkpoints_on_s3_lies_a_copy_that_others_can_watch(folder, s3):
     place = f"s3://{BUCKET}/night"
     with pytest.raises(UserError, match="holds neither a run's status nor a checkpoint"):
