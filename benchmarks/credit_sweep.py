@@ -11,8 +11,8 @@ from credit_rows import WITH_GAMMA, Results, label, markdown, mean, start_of, va
 
 METHODS = (*COMPARED, "verdict_probes")
 INTRODUCTION = """\
-Gains over continued training of the same seed at L0 {k}, means over seeds: F1 / MCC / EV. Cells are half as long as
-others ({steps} steps, {pool} samples a round). A dash: not run."""
+Gains over continued training of the same seed at L0 {k}: F1 / MCC / EV, means over seeds, whose number stands in
+brackets. Cells are half as long as others ({steps} steps, {pool} samples a round). A dash: not run."""
 
 
 def is_sweep(start: str) -> bool:
@@ -44,7 +44,7 @@ def _gains(results: Results, cell: Mapping[str, Any]) -> str:
     continued = results.rows(start, "continued", 0.0, SMALL.k)
     pairs = {seed: continued[seed] for seed in found if seed in continued}
     gains = [mean(values(found, key)) - mean(values(pairs, key)) for key in ("f1", "mcc", "ev")]
-    return " / ".join(format(gain, "+.3f") for gain in gains)
+    return " / ".join(format(gain, "+.3f") for gain in gains) + f" ({len(pairs)})"
 
 
 def _cell(method: str, **changes: Any) -> dict[str, Any]:

@@ -287,5 +287,5 @@ def test_the_sweep_has_tables_of_its_own_with_gains_paired_by_seed():
     records += [swept("teacher_gate", 0, 0.6, mcc=0.83, **asked), swept("teacher_gate", 1, 0.9, mcc=0.83, **asked)]
     text = report.report("deciding", grid.by_stage("deciding", [0, 1, 2], {}), records)
     row = next(line for line in text.split("20% flipped:")[1].splitlines() if line.startswith("| teacher_gate |"))
-    assert row == "| teacher_gate | - | - | - | +0.050 / +0.030 / -0.050 |"
+    assert row == "| teacher_gate | - | - | - | +0.050 / +0.030 / -0.050 (2) |"
     assert "F1 - continued" not in text
