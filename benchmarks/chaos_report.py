@@ -23,6 +23,8 @@ ABOUT = [
     "",
     "Recovery is the time from the fault until a step was trained that had not been trained before: mostly the start",
     "of processes. That an undisturbed run's numbers came out holds for any machine; the seconds do not.",
+    "Calls between Ray's processes that fail or come late are set for a whole run and counted once each: that they struck",
+    'is Ray\'s word, and their "recovery" is the time until the run first trained.',
     "",
     "Judges are not among these runs, whose rewards are replayed. One that is killed in the middle of a request, and",
     "one whose engine hangs, are in `tests/integration/test_judge.py`, `test_judge_pool.py`, `test_judge_models.py`:",

@@ -88,7 +88,8 @@ def main() -> None:
             first, applied = with_judges.requested, with_judges.applied
             if first is None or applied is None:
                 raise SystemExit("the round was not applied before the last step: ask for more --steps")
-            rates = with_judges.rate(first, applied), without.rate(first, applied)
+            # The first step is followed by the judge's calibration, in which nothing is trained.
+            rates = with_judges.rate(first + 1, applied), without.rate(first + 1, applied)
             # The step at which the rewards come waits for them to be fitted.
             begins = applied + 5
             after = math.nan
@@ -105,7 +106,12 @@ def main() -> None:
 
 
 def _run(config: str, folder: Path, name: str, sets: list[str], cores: list[int]) -> Clocked:
-    """Trains on some cores only, and looks at its clock meanwhile."""
+    """Trains on some cores only, and looks at its clock meanwhile.
+
+    Each run has a folder of its own for runs: those of one share what judges have answered.
+    """
+    folder = folder / f"of-{name}"
+    folder.mkdir()
     options = [part for item in (*SETS, *sets, f"name={name}", f"runs_dir={folder}") for part in ("--set", item)]
     command = [sys.executable, "-m", "sae_ray.cli", "train", config, *options]
     metrics, at = folder / name / "metrics.jsonl", dict[int, float]()
@@ -121,7 +127,7 @@ def _run(config: str, folder: Path, name: str, sets: list[str], cores: list[int]
                     at.setdefault(json.loads(rows[-1])["step"], time.monotonic())
             time.sleep(POLL_S)
     if process.returncode:
-        told = [(folder / f"{log}.log").read_text()[-2000:] for log in (name, "server")]
+        told = [log.read_text()[-2000:] for log in (folder / f"{name}.log", folder.parent / "server.log")]
         raise SystemExit("\n".join(told))
     events = read_jsonl(folder / name / "events.jsonl")
     requested = [event["step"] for event in events if event["event"] == "round_requested"]
