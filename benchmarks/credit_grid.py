@@ -65,7 +65,7 @@ LARGE, LARGE_MATRYOSHKA = Start("large", "batchtopk", 12), Start("large", "matry
 USUAL = {BATCHTOPK: 0.03, MATRYOSHKA: 0.1}
 
 
-# ---------------------------------------------------------------------- stages of `deciding`
+# ---------------------------------------------------------------------- stages of `deciding` and `sweep`
 
 
 def teacher(seed: int) -> list[Cell]:
@@ -207,19 +207,23 @@ def smoke(seed: int) -> list[Cell]:
 # ---------------------------------------------------------------------- grids
 
 
-DECIDING = (teacher, parents, parents_at_8, controls, estimators, budgets, at_l0_4, combined, sweep)
+DECIDING = (teacher, parents, parents_at_8, controls, estimators, budgets, at_l0_4, combined)
 GRIDS: dict[str, tuple[Callable[[int], list[Cell]], ...]] = {
     "smoke": (smoke,),
     "deciding": DECIDING,
-    "full": (*DECIDING, sweep_delays, frontiers, large, large_matryoshka),
+    "sweep": (sweep,),
+    "full": (*DECIDING, sweep, sweep_delays, frontiers, large, large_matryoshka),
 }
 LEFT_OUT = {
     "smoke": ["Everything: it only shows that the cells run."],
     "deciding": [
         "Estimators other than the teacher from any start but BatchTopK k 8, and their shuffled verdicts.",
-        "Verdict budgets, noise and staleness of other estimators but in the small world.",
-        "There: staleness but at 256 verdicts and 10% noise, gammas but .03, shuffled verdicts.",
+        "Verdict budgets, noise and staleness of other estimators: grid `sweep`, in the small world.",
         "The large world.",
+    ],
+    "sweep": [
+        "Staleness but at 256 verdicts and 10% noise, gammas but .03, shuffled verdicts, true labels.",
+        "Worlds but the small one: grid `deciding`.",
     ],
     "full": [
         "Budgets x noise x staleness outside the small world, at gammas other than .03, from Matryoshka.",

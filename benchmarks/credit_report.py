@@ -34,7 +34,9 @@ def report(name: str, stages: Mapping[str, Sequence[Cell]], records: Sequence[Re
         name: of the grid, and its `stages`. records: finished cells, in the grid's order.
     """
     results = Results(records)
-    parts = ["# The bake-off's tables", _provenance(name, stages, records), INTRODUCTION, _targets(results)]
+    parts = ["# The bake-off's tables", _provenance(name, stages, records)]
+    if name != "sweep":  # no target is asked of it
+        parts += [INTRODUCTION, _targets(results)]
     for start in results.cells:
         parts.append(f"## {start[0].upper()}{start[1:]}")
         if is_sweep(start):
