@@ -1,7 +1,7 @@
 """The bake-off of credit estimators on synthetic worlds: every cell an SAE, fine-tuned with one kind of credit.
 
-    .venv/bin/python benchmarks/credit.py [--grid smoke|deciding|sweep|full] [--seeds 0 1 2] [--minutes 360] [--workers 2]
-        [--stages teacher parents] [--worlds research] [--methods teacher_gate] [--set gamma=0.3 rounds=2]
+    .venv/bin/python benchmarks/credit.py [--grid smoke|deciding|sweep|full] [--seeds 0 1 2] [--minutes 360]
+        [--workers 2] [--stages teacher parents] [--worlds research] [--methods teacher_gate] [--set gamma=0.3 rounds=2]
         [--out runs/credit] [--report docs/credit_table.md] [--plot docs/credit_frontier.svg] [--only-report]
 
 `credit_grid.py` says which cells there are and in which order they run; `sae_ray.evaluation.proving_ground` what a cell
@@ -163,7 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Credit estimators on synthetic worlds.")
     parser.add_argument("--grid", choices=sorted(GRIDS), default="deciding")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--minutes", type=float, help="no cell is started later than this; 10 of smoke, 360 of full, else 60")
+    parser.add_argument("--minutes", type=float, help="no cell is started later than this; by grid: 10, 60 or 360")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--stages", nargs="+", help="only these stages of the grid")
     parser.add_argument("--worlds", choices=sorted(PRESETS), nargs="+", help="only cells of these worlds")

@@ -16,10 +16,10 @@ One BatchTopK (and, for comparison, one Matryoshka) is trained by reconstruction
 
 All are then put at the same L0: each gets the threshold that gives k active latents a token on the same texts. The
 judged latents of every SAE are explained anew by the same explainers and scored by `sae-ray judge` on held-out texts:
-by MiniLM's embeddings (on a few texts, and on all of them), simulation, sensitivity, and the judge that taught.
-Differences are paired over latents, with bootstrap intervals; Matryoshka's latents are others, chosen by the same
-rule, and are not paired. The target is detection by MiniLM up by .05 over continued training with an interval above 0,
-at equal L0 and FVU (2%).
+by MiniLM's embeddings (on a few texts, on all of them, and by what labels in the explanation's place would tell it),
+simulation, sensitivity, and the judge that taught. Differences are paired over latents, with bootstrap intervals;
+Matryoshka's latents are others, chosen by the same rule, and are not paired. The target is detection by MiniLM up by
+.05 over continued training with an interval above 0, at equal L0 and FVU (2%).
 
 It is a series of stages that leave their results in OUT. Stopped (Ctrl-C, or --minutes: no stage begins later), the
 same command goes on.
@@ -62,7 +62,7 @@ from rlaif_real_configs import (
     scoring_config,
     store_config,
 )
-from rlaif_real_texts import detections, embedded
+from rlaif_real_texts import ceilings, detections, embedded
 
 from sae_ray.activations.block import Block
 from sae_ray.activations.producer import ActivationProducer
@@ -254,14 +254,17 @@ class Bench:
         config = self._first()
         blocks, model = self._blocks(config, "heldout", self.sizes.heldout_blocks), MiniLM()
         texts = embedded(blocks, config, model)
-        found = {}
+        taught = self._blocks(config, "evidence", self.sizes.evidence_blocks)
+        labelled = taught, embedded(taught, config, model, every=True)
+        found: dict[str, dict[str, dict[int, float | None]]] = {"all_texts": {}, "ceiling": {}}
         for name in self.saes:
             rows = results.read(LocalStorage(self._folder("scores", name)), "explanations")
             chosen = {
                 row["latent"]: row["explanation"] for row in rows if row["kind"] == results.LATENT and row["chosen"]
             }
             sae = import_sae(self.out / "saes" / name)
-            found[name] = detections(sae, chosen, blocks, texts, config, model)
+            found["all_texts"][name] = detections(sae, chosen, blocks, texts, config, model)
+            found["ceiling"][name] = ceilings(sae, self.latents()[name], labelled, (blocks, texts), config)
         (self.out / "all_texts.json").write_text(json.dumps(found))
 
     # -- what is there ----------------------------------------------------------------------------------
@@ -281,8 +284,9 @@ class Bench:
                         latent: rows.get((results.LATENT, latent, scorer), {}).get("value")
                         for latent in self.latents()[name][:most]
                     }
-        for name, by_latent in _read(self.out / "all_texts.json").items():
-            found["all_texts"][name] = {latent: by_latent.get(str(latent)) for latent in self.latents()[name]}
+        for measure, by_sae in _read(self.out / "all_texts.json").items():
+            for name, by_latent in by_sae.items():
+                found[measure][name] = {latent: by_latent.get(str(latent)) for latent in self.latents()[name]}
         return {measure: by_sae for measure, by_sae in found.items() if by_sae}
 
     def core(self) -> dict[str, dict[str, Any]]:

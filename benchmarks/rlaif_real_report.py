@@ -20,6 +20,7 @@ REFERENCE = "continued"
 MEASURES = {
     "embedding": "detection by MiniLM",
     "all_texts": "the same, all texts",
+    "ceiling": "the same, with labels",
     "simulation": "simulation, correlation",
     "sensitivity": "sensitivity",
     "detection": "detection by the training judge",

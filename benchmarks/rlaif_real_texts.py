@@ -1,7 +1,10 @@
-"""MiniLM's detection over every held-out text that had no part in an explanation.
+"""MiniLM's detection over every held-out text that had no part in an explanation, and how much labels would tell it.
 
 The scorer `embedding` draws a few texts per latent; its AUROC has a standard error of a tenth. An embedding per text
 serves all latents of all SAEs, so here each text is asked about each latent, at its natural frequency.
+
+In place of the explanation's vector, LDA's direction between the texts of another split on which the latent is active
+and those on which it is not shows what the best explanation could come to with this embedding, about.
 """
 
 from __future__ import annotations
@@ -19,23 +22,26 @@ from sae_ray.evidence.types import side_of
 from sae_ray.judge.embedder import MiniLM
 from sae_ray.judge.scores import auroc
 from sae_ray.judging.selection import chooses_explanation
+from sae_ray.reward.credit.whitening import whitener
 from sae_ray.reward.evidence import layout_contexts, max_per_context
 from sae_ray.sae.inference import TrainedSAE
 
-LEAST_ACTIVE = 8  # texts, for an AUROC
+LEAST_ACTIVE = 8  # texts, for an AUROC and for a direction
+RIDGE = 0.1  # of the embedding's mean variance: it has 384 dimensions, and a direction a few hundred texts
 
 
 class Texts(NamedTuple):
-    """Contexts that no explainer saw and that chose no explanation: their ids, int64 [C], and unit vectors [C, E]."""
+    """Some contexts of blocks: their ids, int64 [C], and unit vectors [C, E]."""
 
     context_C: np.ndarray
     vector_CE: np.ndarray
 
 
-def embedded(blocks: Sequence[Block], config: RunConfig, model: MiniLM) -> Texts:
+def embedded(blocks: Sequence[Block], config: RunConfig, model: MiniLM, every: bool = False) -> Texts:
+    """Contexts that no explainer saw and that chose no explanation, or `every` context."""
     tokenizer, size = load_tokenizer(config.model), config.judge.context_tokens
     tokens_CS = np.concatenate([np.asarray(block.tokens_SL).reshape(-1, size) for block in blocks])
-    own = [c for c, row in enumerate(tokens_CS) if side_of(row) == "score" and not chooses_explanation(row)]
+    own = [c for c, row in enumerate(tokens_CS) if every or (side_of(row) == "score" and not chooses_explanation(row))]
     texts = [tokenizer.decode(tokens_CS[c][tokens_CS[c] >= 0].tolist(), skip_special_tokens=True) for c in own]
     return Texts(np.array(own, dtype=np.int64), model.embed_now(texts))
 
@@ -50,17 +56,46 @@ def detections(
 ) -> dict[int, float | None]:
     """latent -> AUROC of cosine(explanation, text), active texts against inactive ones; None with too few of either."""
     latents = list(explanations)
-    best_CN = torch.cat([_strongest(sae, block, latents, config) for block in blocks]).numpy()[texts.context_C]
+    active_CN, vector_CE = _active(sae, latents, blocks, texts, config)
     wanted_NE = model.embed_now([explanations[latent] for latent in latents])
-    cosine_CN = texts.vector_CE @ wanted_NE.T
-    seen_C = np.isfinite(best_CN).all(1)
+    return {latent: _told(active_CN[:, n], vector_CE @ wanted_NE[n]) for n, latent in enumerate(latents)}
+
+
+def ceilings(
+    sae: TrainedSAE,
+    latents: Sequence[int],
+    labelled: tuple[Sequence[Block], Texts],
+    scored: tuple[Sequence[Block], Texts],
+    config: RunConfig,
+) -> dict[int, float | None]:
+    """latent -> AUROC on the `scored` texts of the direction that tells its active texts among the `labelled` ones."""
+    label_CN, known_CE = _active(sae, latents, *labelled, config)
+    active_CN, vector_CE = _active(sae, latents, *scored, config)
+    inverse_EE = whitener(torch.tensor(known_CE, dtype=torch.float64), RIDGE)[2].numpy()
     found: dict[int, float | None] = {}
-    for column, latent in enumerate(latents):
-        active_C = best_CN[seen_C, column] > 0
-        cosine_C = cosine_CN[seen_C, column]
-        enough = min(active_C.sum(), (~active_C).sum()) >= LEAST_ACTIVE
-        found[latent] = auroc(cosine_C[active_C].tolist(), cosine_C[~active_C].tolist()).value if enough else None
+    for n, latent in enumerate(latents):
+        label_C = label_CN[:, n]
+        if min(label_C.sum(), (~label_C).sum()) < LEAST_ACTIVE:
+            found[latent] = None
+            continue
+        direction_E = inverse_EE @ (known_CE[label_C].mean(0) - known_CE[~label_C].mean(0))
+        found[latent] = _told(active_CN[:, n], vector_CE @ direction_E)
     return found
+
+
+def _told(active_C: np.ndarray, score_C: np.ndarray) -> float | None:
+    if min(active_C.sum(), (~active_C).sum()) < LEAST_ACTIVE:
+        return None
+    return auroc(score_C[active_C].tolist(), score_C[~active_C].tolist()).value
+
+
+def _active(
+    sae: TrainedSAE, latents: Sequence[int], blocks: Sequence[Block], texts: Texts, config: RunConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which latents are active where, bool [C, N], and the vectors [C, E], of the texts that have tokens that count."""
+    best_CN = torch.cat([_strongest(sae, block, latents, config) for block in blocks]).numpy()[texts.context_C]
+    seen_C = np.isfinite(best_CN).all(1)
+    return best_CN[seen_C] > 0, texts.vector_CE[seen_C]
 
 
 def _strongest(sae: TrainedSAE, block: Block, latents: Sequence[int], config: RunConfig) -> torch.Tensor:

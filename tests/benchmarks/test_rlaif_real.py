@@ -215,3 +215,28 @@ def test_all_texts_are_asked_about_but_those_that_made_the_explanation():
     pairs = [(a, b) for a in vector_CE[active_C[kept], 0] for b in vector_CE[~active_C[kept], 0]]
     assert found[1] == pytest.approx(np.mean([a > b for a, b in pairs]))
     assert texts.detections(sae, {1: "x"}, [block], texts.Texts(kept[:6], vector_CE[:6]), config, model)[1] is None
+
+
+def test_with_labels_the_embedding_tells_what_it_holds_and_no_more():
+    from types import SimpleNamespace
+
+    texts = load("rlaif_real_texts")
+    rng = np.random.default_rng(0)
+    tokens_SL = rng.integers(0, 50, size=(400, 8)).astype(np.int32)
+    seq_T, pos_T = (each.ravel() for each in np.indices(tokens_SL.shape))
+    config = SimpleNamespace(judge=SimpleNamespace(context_tokens=4), hook=SimpleNamespace(name="h"))
+    sae = SimpleNamespace(encode=lambda x_TD: torch.relu(x_TD - 1.5))
+
+    def half(seed: int) -> tuple[list, object]:
+        acts_TD = torch.randn(3200, 3, generator=torch.Generator().manual_seed(seed))
+        block = SimpleNamespace(tokens_SL=tokens_SL, seq_T=seq_T, pos_T=pos_T, acts_TD=lambda dtype, hook: acts_TD)
+        active_C = (acts_TD[:, 1].reshape(800, 4) > 1.5).any(1).numpy()
+        # Latent 1 is written along an axis of small variance, beside a large one that says nothing.
+        vector_CE = np.stack([active_C + 0.3 * rng.normal(size=800), 10 * rng.normal(size=800)], axis=1)
+        return [block], texts.Texts(np.arange(800), vector_CE)
+
+    found = texts.ceilings(sae, [1, 2], half(1), half(2), config)
+    assert found[1] > 0.95
+    assert found[2] == pytest.approx(0.5, abs=0.07)
+    rare = SimpleNamespace(encode=lambda x_TD: torch.relu(x_TD - 4))
+    assert texts.ceilings(rare, [1], half(1), half(2), config) == {1: None}
