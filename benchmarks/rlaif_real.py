@@ -46,6 +46,7 @@ import ray
 import rlaif_real_report as report
 import torch
 import yaml
+from ray._private import ray_constants
 from rich.console import Console
 from rlaif_real_configs import (
     CONTEXT_TOKENS,
@@ -335,7 +336,9 @@ class Bench:
 
     def _command(self, *words: object) -> None:
         """One `sae-ray` command, shown as it goes. Ctrl-C reaches it too, and it is waited for: it commits first."""
-        process = subprocess.Popen([sys.executable, "-m", "sae_ray.cli", *map(str, words)])
+        # An own Ray listens on the loopback only, which a driver that joins it would translate into another address.
+        env = os.environ | {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}
+        process = subprocess.Popen([sys.executable, "-m", "sae_ray.cli", *map(str, words)], env=env)
         interrupted = False
         while True:
             try:
