@@ -45,5 +45,5 @@ dashboard:
 	jq -n -f cluster/grafana/dashboard.jq > cluster/grafana/dashboards/sae-ray.json
 
 clean:
-	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

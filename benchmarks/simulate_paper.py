@@ -60,8 +60,8 @@ class Plan:
     rounds: int = 8
     judged: int = 1 << 20
     judge_params: float = 8e9
-    uncached_tokens: int = 8_319  # per latent: `sae-ray judge` in benchmarks/README.md, 20 + 20 texts, two scorers
-    output_tokens: int = 294
+    uncached_tokens: int = 3_206  # per latent: `sae-ray judge` in benchmarks/README.md, 20 + 20 texts, two scorers
+    output_tokens: int = 214
     decode_batch: int = 64
     trainer_threads: int = 1
     open_latents: int = 4096

@@ -9,6 +9,6 @@ common=(--python-version 3.11 --universal --generate-hashes --no-annotate --no-h
 uv pip compile requirements-cpu.in --override overrides-cpu.txt $torch_only "${common[@]}" -o /dev/stdout -q | python3 strip_never.py > requirements-cpu.lock.new
 mv requirements-cpu.lock.new requirements-cpu.lock
 # CUDA's packages are one platform's.
-uv pip compile ../pyproject.toml requirements-gpu.in --extra gpu --python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-annotate --no-header -o requirements-gpu.lock -q
+uv pip compile ../pyproject.toml requirements-gpu.in --override overrides-gpu.txt --extra gpu --python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-annotate --no-header -o requirements-gpu.lock -q
 uv pip compile requirements-dev.in "${common[@]}" -o requirements-dev.lock -q
 uv pip compile requirements-triton.in "${common[@]}" -o requirements-triton.lock -q

