@@ -186,7 +186,9 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 
 @pytest.mark.parametrize("format", ["saelens", "sparsify", "dictionary_learning", "gemma_scope"])
 def test_an_sae_in_the_hugging_face_cache_is_read_through_its_links(format, tmp_path):
-    made = export_sae(small_sae("topk" if format == "sparsify" else "jumprelu"), tmp_path / "made", format, Provenance())
+    made = export_sae(
+        small_sae("topk" if format == "sparsify" else "jumprelu"), tmp_path / "made", format, Provenance()
+    )
     snapshot, blobs = tmp_path / "models--x--sae" / "snapshots" / "c0ffee", tmp_path / "models--x--sae" / "blobs"
     for folder in (snapshot, blobs):
         folder.mkdir(parents=True)
