@@ -70,7 +70,7 @@ def train(
     check_checkpoint(run)
     preflight(run)
     if check:
-        Console().print(f"{config}: fine; {run.name} would train in {run.run_dir}", soft_wrap=True)
+        _say(f"{config}: fine; {run.name} would train in {run.run_dir}")
         return
     from sae_ray.run import run_training
 
@@ -153,7 +153,10 @@ def store(
     """Write the activations that a run would train on, for `activations.store`; resumes a half-written store."""
     run = load_config(config, overrides)
     from sae_ray.corpus.reader import SPLITS
+    from sae_ray.storage import open_storage
 
+    to = os.path.expanduser(to)  # --to=~/x: no shell does
+    open_storage(to)  # refuses what is no place, before anything is computed for it
     splits = [name for name in SPLITS if name in (split or ["train"])]
     if unknown := [name for name in split or [] if name not in SPLITS]:
         raise UserError(f"--split {unknown[0]}: allowed: {', '.join(SPLITS)}")
@@ -230,7 +233,7 @@ def submit(
     jobs = Jobs(address, trust_network)
     attempt, is_new = jobs.submit(run)
     told = "submitted" if is_new else "is under way"
-    Console().print(f"{run.name}: {told} as job {attempt.id} at {jobs.address}", soft_wrap=True)
+    _say(f"{run.name}: {told} as job {attempt.id} at {jobs.address}")
     if wait:
         _follow(jobs, attempt)
 
@@ -285,7 +288,7 @@ def stop(run: RunName, address: Address = None, trust_network: TrustNetwork = Fa
 
     attempt = Jobs(address, trust_network).stop(run)
     told = f"had ended: {attempt.status.value}" if attempt.over else "is asked to stop"
-    Console().print(f"{run}: job {attempt.id} {told}", soft_wrap=True)
+    _say(f"{run}: job {attempt.id} {told}")
 
 
 @app.command()
@@ -313,7 +316,7 @@ def _follow(jobs: Jobs, attempt: Attempt) -> None:
         )
         raise typer.Exit(130) from None
     if ended.status.value != "SUCCEEDED":
-        print(f"sae-ray: {ended.run}: {ended.status.value}: {ended.message}", file=sys.stderr)
+        print(f"sae-ray: {printable(f'{ended.run}: {ended.status.value}: {ended.message}')}", file=sys.stderr)
         raise typer.Exit(1)
 
 
@@ -333,10 +336,11 @@ def main() -> None:
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
-        print(f"sae-ray: {error.filename or 'a file of the run'}: {why_not_written(error)}", file=sys.stderr)
+        said = f"{error.filename or 'a file of the run'}: {why_not_written(error)}"
+        print(f"sae-ray: {printable(said)}", file=sys.stderr)
         sys.exit(2)
     except RunInterrupted as stop:
-        print(f"sae-ray: {stop}", file=sys.stderr)
+        print(f"sae-ray: {printable(str(stop))}", file=sys.stderr)
         sys.exit(130)
 
 

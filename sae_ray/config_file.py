@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import re
 import reprlib
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from sae_ray.config import RunConfig
 from sae_ray.errors import UserError
+from sae_ray.logs import redacted
 
 # What PyYAML lets through of tags that do not fit their text (`!!int x`, `!!bool x`, 2024-99-99), and of deep nesting.
 _NOT_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
+# Whatever stands there in a value that is refused may be a secret.
+_BEFORE_AT = re.compile(r"(?<=://)[^\s'\"]*(?=@)")
 _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlist, _REPR.maxdict = 3, 200, 200, 10, 10
 
@@ -51,7 +55,8 @@ def parse_config(raw: dict[str, Any], source: str, overrides: list[str] | None =
 
 def explain(error: ValidationError, under: tuple[str | int, ...] = ()) -> str:
     """A validation error in one line; `under` is where in the file the validated section lies."""
-    return "; ".join(_explain(item, under) for item in error.errors())
+    said = "; ".join(_explain(item, under) for item in error.errors())
+    return redacted(_BEFORE_AT.sub("***", said))
 
 
 def _apply_override(raw: dict[str, Any], item: str) -> None:
@@ -79,7 +84,7 @@ def _explain(item: Any, under: tuple[str | int, ...]) -> str:
     if item["type"] == "missing":
         return f"{key}: is required and missing"
     value = item["input"]
-    if not isinstance(value, (dict, BaseModel)):
+    if not isinstance(value, (dict, BaseModel)) and path[-1:] != ("api_key_env",):  # it may be the key itself
         return f"{key} = {_shown(value)}: {message}"
     if item["type"] == "value_error":  # a section's own check, which names the keys from the section on
         return f"{_dotted(under[:-1])}.{message}" if under else message
@@ -107,8 +112,10 @@ def unknown_key(key: str, allowed: list[str]) -> str:
 def _fields_of(path: tuple[str | int, ...]) -> list[str]:
     """Keys of the section at `path`; a section of a variant has those of the run's own."""
     section: Any = RunConfig
+    in_mapping = False  # whose keys are the user's own: the next part is one
     for part in path[2:] if len(path) > 2 and path[0] == "saes" else path:
-        annotation = section if isinstance(part, int) else section.model_fields[part].annotation
+        annotation = section if isinstance(part, int) or in_mapping else section.model_fields[part].annotation
+        in_mapping = get_origin(annotation) is dict
         section = next((arg for arg in get_args(annotation) if hasattr(arg, "model_fields")), annotation)
         if not hasattr(section, "model_fields"):
             return []

@@ -25,9 +25,10 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sae_ray.config import RunConfig
-from sae_ray.errors import UserError
+from sae_ray.errors import UserError, printable
 from sae_ray.network import has_token
 from sae_ray.storage import is_s3
 
@@ -84,7 +85,9 @@ def print_findings(found: list[Finding], console: Console) -> bool:
     """A table of all findings. Returns whether nothing fails."""
     table = Table("", "", "found")
     for each in found:
-        table.add_row(f"[{_COLOURS[each.state]}]{each.state}", each.what, each.told)
+        # A path, a model's name or a server's words: not markup, and nothing that steers a terminal.
+        what, told = Text(printable(each.what)), Text(printable(each.told))
+        table.add_row(Text(each.state, style=_COLOURS[each.state]), what, told)
     console.print(table)
     failures = sum(each.state == "failure" for each in found)
     warnings = sum(each.state == "warning" for each in found)

@@ -28,8 +28,14 @@ _APART = ("ray", "ray.serve", "ray.data", "transformers", "huggingface_hub", "vl
 # A variable of such a name holds a secret, and so does one that a config's `api_key_env` names.
 _SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_ID)?$", re.IGNORECASE)
 _SHORTEST = 8  # shorter values would be found in ordinary words
-_SECRET_FORMS = (
+_IN_ADDRESS = (
     re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"),
+    # A secret key of AWS may hold slashes. What looks like a port is one, except at s3://, which has none.
+    re.compile(r"(?<=://)[^/\s:@]+:(?!\d{1,5}/)[^\s@\"']+(?=@)"),
+    re.compile(r"(?<=s3://)[^/\s:@]+:[^\s@\"']+(?=@)"),
+)
+_SECRET_FORMS = (
+    *_IN_ADDRESS,
     re.compile(r"(?<=[Bb]earer )[A-Za-z0-9._~+/=-]{8,}"),
     re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"),
     re.compile(r"\bhf_[A-Za-z0-9]{20,}\b"),
@@ -64,6 +70,11 @@ def redacted(text: str) -> str:
     for form in _SECRET_FORMS:
         text = form.sub("***", text)
     return text
+
+
+def holds_credentials(text: str) -> bool:
+    """Whether there is an address in it with a name, a token or a password before the '@'."""
+    return bool(re.search(r"://[^/\s@]*@", text)) or any(form.search(text) for form in _IN_ADDRESS)
 
 
 class JsonLines(logging.Formatter):

@@ -48,8 +48,9 @@ def check_address(config: RayConfig) -> None:
     check_token(host, f"ray.address = {config.address!r}", config.trust_network, "ray.trust_network: true")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
-    except OSError as error:
-        raise UserError(f"ray.address = {config.address!r}: cannot be reached: {error.strerror or error}") from error
+    except (OSError, ValueError, OverflowError) as error:  # no such name, none that can be (a..b), no port (99999)
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"ray.address = {config.address!r}: cannot be reached: {why}") from error
 
 
 @contextlib.contextmanager
@@ -93,6 +94,9 @@ def ray_session(config: RayConfig, verbose: bool = False) -> Iterator[None]:
         raise UserError(
             f"ray.address = {config.address!r}: no Ray cluster found there: {_first_line(error)}"
         ) from error
+    except RuntimeError as error:  # other versions of Ray or Python there, each on a line of its own
+        said = " ".join(str(error).split())
+        raise UserError(f"ray.address = {config.address!r}: Ray cannot be started or joined: {said}") from error
     started = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
     try:
         yield

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from sae_ray.errors import UserError
+from sae_ray.places import is_address
 
 S3 = "s3://"
 # No room, over quota, larger than the file system or `ulimit -f` allows.
@@ -87,6 +88,8 @@ def open_storage(location: str | Path) -> Storage:
         from sae_ray.s3 import S3Storage
 
         return S3Storage(str(location))
+    if is_address(str(location)):
+        raise UserError(f"{location}: expected a folder (local or mounted), or s3://bucket/prefix")
     return LocalStorage(location)
 
 

@@ -27,13 +27,15 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
+import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sae_ray.config import RunConfig
-from sae_ray.errors import UserError
+from sae_ray.errors import UserError, printable
 from sae_ray.network import check_token
 from sae_ray.storage import is_s3
 
@@ -47,11 +49,8 @@ _PASSED_ON = ("HF_HUB_OFFLINE", "HF_ENDPOINT")
 # A connection that breaks while a job is followed is made again, so often in a row.
 _RECONNECTS, _PAUSE_S = 5, 2.0
 _STARTING_ATTEMPTS = 15
-# Places that a job's driver, on another machine, would look for in the job's own folder.
-_PLACES = (
-    *("runs_dir", "corpus.paths", "activations.store", "sae.init_from", "trainer.checkpoint_dir", "model.name"),
-    "judge.model",
-)
+# What a place may be besides a path.
+_OR_S3, _OR_NAME = ", or s3://bucket/prefix", ", or a Hugging Face id"
 
 
 @dataclass(frozen=True)
@@ -174,15 +173,18 @@ class Jobs:
         while True:
             try:
                 asyncio.run(tail())
-            except (RuntimeError, aiohttp.ClientError, OSError) as error:
+                attempts = self.attempts(attempt.run)
+            except (UserError, RuntimeError, aiohttp.ClientError, OSError) as error:
                 failures += 1
                 if failures > _RECONNECTS:
                     raise UserError(f"{self.address}: lost while following {attempt.run}: {error}") from error
                 time.sleep(_PAUSE_S)
                 continue
-            now = self.latest(attempt.run)
-            if now.id != attempt.id or now.over:
-                return next(each for each in self.attempts(attempt.run) if each.id == attempt.id)
+            now = next((each for each in attempts if each.id == attempt.id), None)
+            if now is None:
+                raise UserError(f"{self.address}: does not know {attempt.id} any more; was its head replaced?")
+            if now.over or attempts[-1].id != now.id:
+                return now
             time.sleep(_PAUSE_S)
 
     def stop(self, run: str) -> Attempt:
@@ -209,9 +211,9 @@ class Jobs:
             yield
         except AuthenticationError as error:
             raise UserError(f"{self.address}: the token is refused or missing: {_first_line(error)}") from error
-        except ConnectionError as error:
+        except (ConnectionError, requests.ConnectionError, requests.Timeout) as error:
             raise UserError(f"{self.address}: no Ray dashboard answers there: {_first_line(error)}") from error
-        except RuntimeError as error:
+        except (RuntimeError, requests.RequestException) as error:
             raise UserError(f"{self.address}: {_first_line(error)}") from error
 
 
@@ -220,14 +222,15 @@ def print_status(jobs: Jobs, run: str | None, console: Console) -> None:
     found = jobs.attempts(run) if run else jobs.runs()
     if run and not found:
         jobs.latest(run)
-    table = Table("run", "attempt", "job", "status", "started", "ended", title=jobs.address)
+    table = Table("run", "attempt", "job", "status", "started", "ended", title=Text(printable(jobs.address)))
     for each in found:
         times = (f"{t:%Y-%m-%d %H:%M:%S}" if t else "-" for t in (each.started, each.ended))
-        table.add_row(each.run, str(each.number), each.id, each.status.value, *times)
+        row = (each.run, str(each.number), each.id, each.status.value, *times)
+        table.add_row(*(Text(printable(cell)) for cell in row))
     console.print(table)
     if run:
         lines = jobs.logs(found[-1]).strip().splitlines()
-        console.print(lines[-1] if lines else found[-1].message, markup=False, highlight=False)
+        console.print(Text(printable(lines[-1] if lines else found[-1].message)))
 
 
 def for_cluster(config: RunConfig, source: str) -> RunConfig:
@@ -243,16 +246,14 @@ def for_cluster(config: RunConfig, source: str) -> RunConfig:
             f"{source}: ray.address = {config.ray.address!r}: a job joins the cluster that it was submitted to; leave "
             "it out, and give --address the dashboard's"
         )
-    for key in _PLACES:
-        section, _, name = key.rpartition(".")
-        found = getattr(getattr(config, section), name) if section else getattr(config, name)
-        for value in found if isinstance(found, list) else [found]:
-            if _is_relative_path(value) and (key == "runs_dir" or Path(value).exists() or value.startswith(".")):
-                raise UserError(
-                    f"{source}: {key} = {value!r}: is relative to a folder of this machine, and a job runs on another; "
-                    "give an absolute path that every node sees"
-                    + (", on storage that outlives the job" if key == "runs_dir" else ", or s3://bucket/prefix")
-                )
+    for key, value, right in _places(config):
+        # What may be a model's name is one, unless there is such a folder.
+        is_name = right == _OR_NAME and not value.startswith(".") and not Path(value).exists()
+        if _is_relative_path(value) and not is_name:
+            raise UserError(
+                f"{source}: {key} = {value!r}: is relative to a folder of this machine, and a job runs on another; "
+                f"give an absolute path that every node sees{right}"
+            )
     return config.model_copy(update={"ray": config.ray.model_copy(update={"address": "auto"})})
 
 
@@ -269,7 +270,10 @@ def checked_address(address: str, trust_network: bool = False) -> str:
     Raises:
         UserError: no http(s) URL, or another machine's and no token to send.
     """
-    parts = urlsplit(address)
+    try:
+        parts = urlsplit(address)
+    except ValueError:  # half an IPv6 address
+        parts = urlsplit("")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(f"--address {address}: expected the dashboard's, e.g. {DEFAULT_ADDRESS}")
     if parts.username or parts.password:
@@ -278,8 +282,30 @@ def checked_address(address: str, trust_network: bool = False) -> str:
     return address.rstrip("/")
 
 
-def _is_relative_path(value: Any) -> bool:
-    return isinstance(value, str) and not is_s3(value) and not Path(value).expanduser().is_absolute()
+def _places(config: RunConfig) -> Iterator[tuple[str, str, str]]:
+    """(key, value, what else would be right) of all that a job's driver would look for in the job's own folder."""
+    from sae_ray.judge.roles import SCORER, judges_of
+
+    outlives = ", on storage that outlives the job"
+    places = [
+        ("runs_dir", config.runs_dir, outlives),
+        ("trainer.checkpoint_dir", config.trainer.checkpoint_dir, outlives + _OR_S3),
+        ("activations.store", config.activations.store, _OR_S3),
+        ("rlaif.replay_rewards", config.rlaif.replay_rewards, ""),
+        *(("corpus.paths", path, "") for path in config.corpus.paths),
+        ("model.name", config.model.name, _OR_NAME),
+    ]
+    for index, spec in enumerate(config.specs().values()):
+        places.append((f"saes[{index - 1}].sae.init_from" if index else "sae.init_from", spec.sae.init_from, ""))
+    for role, judge in judges_of(config).items():
+        where = "judge" if role == SCORER else f"judges.{role}"
+        places.append((f"{where}.model", judge.model, _OR_NAME))
+        places += [(f"{where}.lora.{name}", path, _OR_NAME) for name, path in judge.lora.items()]
+    return ((key, value, right) for key, value, right in places if value is not None)
+
+
+def _is_relative_path(value: str) -> bool:
+    return not is_s3(value) and not Path(os.path.expanduser(value)).is_absolute()
 
 
 def _attempt(job: JobDetails) -> Attempt | None:

@@ -252,12 +252,14 @@ class Progress:
         """What a terminal shows. seconds: since the run began; None: since this was made."""
         s = self._status
         elapsed = f"   {clock(time.monotonic() - self._started if seconds is None else seconds)}"
-        title = Text.assemble((f"{self._name} ", "bold"), (s.phase, "cyan"), f"  {s.detail}", (elapsed, "dim"))
+        name, phase, detail = map(printable, (self._name, s.phase, s.detail))
+        title = Text.assemble((f"{name} ", "bold"), (phase, "cyan"), f"  {detail}", (elapsed, "dim"))
         grid = Table.grid(padding=(0, 2))
         numbers = self._numbers()
         for start in range(0, len(numbers), 4):
             cells = [
-                Text.assemble((f"{label} ", "dim"), (value, "bold")) for label, value in numbers[start : start + 4]
+                Text.assemble((f"{label} ", "dim"), (printable(value), "bold"))
+                for label, value in numbers[start : start + 4]
             ]
             grid.add_row(*cells)
         bar = ProgressBar(total=max(1, s.total_steps), completed=s.step, width=60)

@@ -100,7 +100,8 @@ def _said(found: dict[str, Any] | None) -> Iterator[RenderableType]:
     if found["state"] != "running":
         why = f": {printable(found['why'])}" if found["why"] else ""
         yield Text(
-            f"{found['state']} {clock(silent)} ago{why}", style="bold red" if found["state"] == "failed" else "bold"
+            f"{printable(str(found['state']))} {clock(silent)} ago{why}",
+            style="bold red" if found["state"] == "failed" else "bold",
         )
     elif silent > SILENT_S:
         yield Text(f"silent for {clock(silent)}: {where} is gone, or cannot write", style="bold red")
@@ -115,9 +116,9 @@ def _number(value: float) -> str:
 def _checkpoints(steps: dict[int, bool], home: str | Path) -> Text:
     whole = [step for step, committed in steps.items() if committed]
     if not whole:
-        return Text(f"no checkpoint at {home}", style="dim")
+        return Text(printable(f"no checkpoint at {home}"), style="dim")
     last = ", ".join(str(step) for step in whole[-_LAST:])
-    return Text(f"{len(whole)} checkpoints at {home}, the last at step {last}")
+    return Text(printable(f"{len(whole)} checkpoints at {home}, the last at step {last}"))
 
 
 def _recent(folder: Path) -> Iterator[RenderableType]:

@@ -76,6 +76,19 @@ def write(tmp_path):
             MINIMAL + "rlaif: {alarms: {limits: {rarity: {cool: 2, stop: 1}}}}",
             ["rlaif.alarms.limits.rarity: cool 2.0 must be below stop 1.0"],
         ),
+        (
+            MINIMAL + "rlaif: {alarms: {limits: {rarity: {coool: 1, stop: 2}}}}",
+            ["rlaif.alarms.limits.rarity.coool: unknown key", "did you mean 'cool'"],
+        ),
+        ("runs_dir: s3://bucket/runs\n" + MINIMAL, ["runs_dir = 's3://bucket/runs'", "trainer.checkpoint_dir"]),
+        ("runs_dir: file:///runs\n" + MINIMAL, ["runs_dir = 'file:///runs': expected a folder"]),
+        (MINIMAL + "trainer: {checkpoint_dir: gs://bucket/ck}", ["checkpoint_dir = 'gs://bucket/ck'", "s3://bucket"]),
+        (MINIMAL + "trainer: {checkpoint_dir: 's3:/bucket/ck'}", ["checkpoint_dir = 's3:/bucket/ck'", "s3://bucket"]),
+        (MINIMAL + "activations: {store: 'S3://bucket/acts'}", ["activations.store = 'S3://bucket/acts'"]),
+        (MINIMAL + "sae: {init_from: 's3://bucket/sae'}", ["sae.init_from = 's3://bucket/sae'", "not an address"]),
+        (MINIMAL + "rlaif: {replay_rewards: hf://x/run}", ["rlaif.replay_rewards = 'hf://x/run'"]),
+        (MINIMAL + "saes: [{name: b, sae: {init_from: gs://b/c}}]", ["saes[0].sae.init_from = 'gs://b/c'"]),
+        ("runs_dir: ~no.such.user/runs\n" + MINIMAL, ["runs_dir = '~no.such.user/runs': there is no home folder"]),
         (MINIMAL + "rlaif: {alarms: {held_out: true}}", ["rlaif.alarms.held_out", "configure judges.heldout"]),
         ("name: [", ["is not YAML"]),
         ("- 1", ["expected a mapping"]),
@@ -120,3 +133,23 @@ def test_producers_are_a_number_or_a_range_and_come_back_as_they_were(write):
         assert (config.activations.least_producers, config.activations.most_producers) == (least, most)
         again = load_config(write(config.to_yaml()))
         assert again.activations == config.activations
+
+
+def test_the_home_folder_is_meant_by_a_tilde_and_stands_in_the_resolved_config(write, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    text = "runs_dir: ~/runs\n" + MINIMAL + "sae: {init_from: ~/sae}\nactivations: {store: ~/acts}\n"
+    text += "trainer: {checkpoint_dir: ~/ck}\nrlaif: {replay_rewards: ~/taught}\n"
+    config = load_config(write(text + "saes: [{name: b, sae: {init_from: ~/other}}]"))
+    assert str(config.run_dir) == "/home/me/runs/a"
+    found = (config.trainer.checkpoint_dir, config.activations.store, config.rlaif.replay_rewards)
+    assert found == ("/home/me/ck", "/home/me/acts", "/home/me/taught")
+    assert [spec.sae.init_from for spec in config.specs().values()] == ["/home/me/sae", "/home/me/other"]
+    monkeypatch.setenv("HOME", "/home/somebody")
+    again = load_config(write(config.to_yaml()))
+    assert (again.runs_dir, again.sae.init_from) == ("/home/me/runs", "/home/me/sae")
+
+
+def test_places_that_are_paths_or_on_s3_stay_as_they_are_written(write):
+    text = "runs_dir: ./x:/runs\n" + MINIMAL + "trainer: {checkpoint_dir: s3://bucket/ck@home}"
+    config = load_config(write(text))
+    assert (config.runs_dir, config.trainer.checkpoint_dir) == ("./x:/runs", "s3://bucket/ck@home")

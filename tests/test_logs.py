@@ -86,6 +86,8 @@ SECRETS = {
         *(f"refused: {value}." for value in SECRETS.values()),
         "Authorization: Bearer abc.def-ghi_jkl",
         "https://me:hunter2hunter2@host/v1",
+        "s3://AKIA:ab/hunter2/cd@bucket/x is refused",
+        "s3://AKIA:12/hunter2@bucket/x is refused",
         "key AKIAIOSFODNN7EXAMPLE is unknown",
         "token hf_" + "a" * 30,
         "https://b.s3/k?X-Amz-Signature=" + "ab" * 32,

@@ -11,7 +11,7 @@ import pytest
 from sae_ray.config import JudgeConfig, RayConfig
 from sae_ray.errors import UserError
 from sae_ray.network import check_token, interface_of, is_loopback
-from sae_ray.session import IN_A_JOB, _on_loopback, check_address
+from sae_ray.session import IN_A_JOB, _on_loopback, check_address, ray_session
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +56,25 @@ def test_with_a_token_or_when_told_to_trust_the_network_it_is(monkeypatch):
     token.write_text("f" * 64)
     check_address(RayConfig(address="ray://10.0.0.1:10001"))
     assert asked == [("10.0.0.1", 6379), ("127.0.0.1", 6379), ("10.0.0.1", 10001)]
+
+
+@pytest.mark.parametrize("address", ["a..b:6379", "127.0.0.1:99999"])
+def test_an_address_that_cannot_be_one_is_one_line(address, monkeypatch):
+    monkeypatch.undo()  # really asked for: it fails before anything is sent
+    with pytest.raises(UserError, match=rf"ray\.address = '{address}': cannot be reached: \w"):
+        check_address(RayConfig(address=address, trust_network=True))
+
+
+def test_a_cluster_of_another_version_is_one_line(monkeypatch):
+    import ray
+
+    def init(**_: object) -> None:
+        raise RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.9.0\n    Python: 3.11.1\n")
+
+    monkeypatch.setattr(ray, "init", init)
+    said = r"ray\.address = 'auto': .*: Version mismatch: The cluster was started with: Ray: 2\.9\.0 Python: 3\.11\.1$"
+    with pytest.raises(UserError, match=said), ray_session(RayConfig(address="auto")):
+        pass
 
 
 def test_auto_is_this_machine_unless_the_environment_says_otherwise(monkeypatch):

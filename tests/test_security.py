@@ -13,11 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from small_saes import small_sae
 
 import sae_ray
 from sae_ray import cli
 from sae_ray.config_file import load_config, parse_config
+from sae_ray.doctor import Finding, print_findings
 from sae_ray.errors import UserError, printable
 from sae_ray.preflight import warn_of_code
 from sae_ray.sae.formats import Provenance, export_sae, import_sae
@@ -34,6 +36,16 @@ MINIMAL = {"name": "a", "hook": {"layer": 3}}
         ({"judge": {"s3_mirror": "s3://AKIA:hunter2@bucket/model"}}, "judge.s3_mirror"),
         ({"judges": {"heldout": {"s3_mirror": "s3://AKIA:hunter2@bucket/model"}}}, "heldout.s3_mirror"),
         ({"judge": {"engine_kwargs": {"hf_token": "hunter2"}}}, "judge.engine_kwargs.hf_token"),
+        # Secret keys of AWS hold slashes; a token may stand where the name does.
+        ({"trainer": {"checkpoint_dir": "s3://AKIA:ab/hunter2@bucket/x"}}, "trainer.checkpoint_dir"),
+        ({"trainer": {"checkpoint_dir": "s3://hunter2@bucket/x"}}, "trainer.checkpoint_dir"),
+        ({"corpus": {"kind": "text", "paths": ["a.txt", "https://me:hunter2@host/b.txt"]}}, "corpus.paths[1]"),
+        ({"judge": {"engine_kwargs": {"x": {"url": "http://me:hunter2@host"}}}}, "judge.engine_kwargs.x.url"),
+        ({"saes": [{"name": "b", "sae": {"init_from": "s3://AKIA:ab/hunter2@b/sae"}}]}, "saes[0].sae.init_from"),
+        # Refused for something else, and shown.
+        ({"runs_dir": "s3://AKIA:ab/hunter2@bucket/x"}, "runs_dir = "),
+        ({"trainer": {"checkpoint_dir": "gs://hunter2@bucket"}}, "trainer.checkpoint_dir = "),
+        ({"judge": {"lora": {"x": "https://me:hunter2@host/x"}}}, "judge.lora.x"),
     ],
 )
 def test_a_secret_in_a_config_is_refused_and_not_repeated(section, said):
@@ -123,6 +135,23 @@ def test_what_others_wrote_does_not_steer_a_terminal(tmp_path, monkeypatch, caps
 def test_a_line_of_progress_does_not_steer_a_terminal_either(capsys):
     Progress("run", RunStatus()).say("a judge says \x1b[2J")
     assert "\\x1b[2J" in capsys.readouterr().out
+
+
+def test_findings_and_the_last_words_of_a_command_do_not_either(monkeypatch, capsys):
+    hostile = "[/tmp] [abc] \x1b[2J"
+    console = Console(file=io.StringIO(), width=200)
+    assert not print_findings([Finding(hostile, "failure", hostile)], console)
+    told = console.file.getvalue()
+    assert told.count("[/tmp] [abc] \\x1b[2J") == 2
+    assert "\x1b" not in told
+    monkeypatch.setattr("sae_ray.preflight.preflight", lambda run: None)
+    monkeypatch.setattr("sae_ray.preflight.check_checkpoint", lambda run: None)
+    monkeypatch.setattr(cli, "load_config", lambda path, sets: parse_config({**MINIMAL, "runs_dir": hostile}, "x"))
+    monkeypatch.setattr(sys, "argv", ["sae-ray", "train", "[/x].yaml", "--check"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+    assert "[/x].yaml: fine; a would train in [/tmp] [abc] \\x1b[2J/a" in capsys.readouterr().out
 
 
 def test_a_zip_that_is_meant_to_fill_the_memory_is_refused_unread(tmp_path):

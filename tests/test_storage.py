@@ -350,3 +350,11 @@ def enforce_policies(server: S3Server, after: int) -> None:
         method="POST",
     )
     urllib.request.urlopen(request, timeout=5).close()
+
+
+@pytest.mark.parametrize("place", ["gs://bucket/acts", "file:///acts", "s3:/bucket/acts"])
+def test_a_place_that_nothing_here_opens_is_not_made_a_folder(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"^{place}: expected a folder"):
+        open_storage(place)
+    assert list(tmp_path.iterdir()) == []

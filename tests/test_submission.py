@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 import yaml
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobType
@@ -155,6 +156,32 @@ def test_following_shows_everything_once_though_the_connection_breaks(cluster: C
     assert "".join(shown) == "".join(cluster.log)
 
 
+def test_a_dashboard_that_is_away_between_two_looks_is_asked_again(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempt, _ = Jobs().submit(config(tmp_path))
+    jobs, listed, failures = Jobs(), cluster.list_jobs, [requests.ConnectionError("refused")] * 2
+
+    def list_jobs() -> list[JobDetails]:
+        if failures:
+            raise failures.pop()
+        return listed()
+
+    monkeypatch.setattr(cluster, "list_jobs", list_jobs)
+    assert jobs.follow(attempt, lambda text: None).status is JobStatus.SUCCEEDED
+    failures += [requests.ConnectionError("refused")] * 99
+    with pytest.raises(UserError, match=r"lost while following night: .*refused"):
+        jobs.follow(attempt, lambda text: None)
+
+
+def test_what_a_job_says_is_no_markup_and_steers_no_terminal(cluster: Cluster, tmp_path: Path) -> None:
+    Jobs().submit(config(tmp_path))
+    cluster.log = ["loading [/tmp] [abc] \x1b[2J\n"]
+    console = Console(file=io.StringIO(), width=160)
+    print_status(Jobs(), "night", console)
+    assert console.file.getvalue().rstrip().endswith("loading [/tmp] [abc] \\x1b[2J")  # type: ignore[attr-defined]
+
+
 def test_a_connection_that_breaks_again_and_again_is_given_up(cluster: Cluster, tmp_path: Path) -> None:
     attempt, _ = Jobs().submit(config(tmp_path))
     cluster.breaks = 99
@@ -179,6 +206,8 @@ def test_the_status_of_a_run_has_its_attempts_and_last_line(cluster: Cluster, tm
     [
         (ConnectionError("Failed to connect"), "no Ray dashboard answers there: Failed to connect"),
         (AuthenticationError("Unauthorized"), "the token is refused or missing"),
+        (requests.ConnectTimeout("timed out"), "no Ray dashboard answers there: timed out"),
+        (requests.exceptions.InvalidJSONError("half an answer"), f"{LOCAL}: half an answer"),
     ],
 )
 def test_what_the_cluster_refuses_is_said(cluster: Cluster, down: Exception, said: str) -> None:
@@ -195,11 +224,26 @@ def test_what_the_cluster_refuses_is_said(cluster: Cluster, down: Exception, sai
         ({"model": {"name": "./models/mine"}}, "model.name = './models/mine': is relative"),
         ({"corpus": {"kind": "text", "paths": ["/data/a.txt", "./b.txt"]}}, r"corpus.paths = './b.txt': is relative"),
         ({"sae": {"init_from": "../other"}}, "sae.init_from = '../other': is relative"),
+        ({"corpus": {"kind": "text", "paths": ["texts/*.txt"]}}, r"corpus.paths = 'texts/\*.txt': is relative"),
+        ({"trainer": {"checkpoint_dir": "new"}}, "trainer.checkpoint_dir = 'new': .* outlives the job, or s3://"),
+        ({"rlaif": {"replay_rewards": "runs/taught"}}, "rlaif.replay_rewards = 'runs/taught': is relative"),
+        ({"saes": [{"name": "b", "sae": {"init_from": "sae"}}]}, r"saes\[0\].sae.init_from = 'sae': is relative"),
+        ({"judges": {"heldout": {"model": "./judge"}}}, "judges.heldout.model = './judge': is relative"),
+        ({"judge": {"lora": {"terse": "./terse"}}}, "judge.lora.terse = './terse': .* or a Hugging Face id"),
     ],
 )
 def test_what_only_this_machine_has_is_refused(tmp_path: Path, sections: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=f"^night.yaml: {said}"):
         config(tmp_path, **sections)
+
+
+def test_names_of_models_and_places_that_every_node_sees_can_be_submitted(tmp_path: Path) -> None:
+    run = config(
+        tmp_path, judges={"heldout": {"model": "google/gemma", "lora": {"terse": "me/terse"}}},
+        trainer={"checkpoint_dir": "s3://bucket/ck"}, sae={"init_from": "~/sae"},
+    )  # fmt: skip
+    assert run.trainer.checkpoint_dir == "s3://bucket/ck"
+    assert Path(str(run.sae.init_from)).is_absolute()
 
 
 def test_another_machine_is_not_talked_to_without_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +258,7 @@ def test_another_machine_is_not_talked_to_without_a_token(monkeypatch: pytest.Mo
     assert checked_address("https://ray.example.org")
 
 
-@pytest.mark.parametrize("address", ["10.0.0.1:6379", "ray://head:10001", "http://", "auto"])
+@pytest.mark.parametrize("address", ["10.0.0.1:6379", "ray://head:10001", "http://", "auto", "http://[::1:8265"])
 def test_an_address_that_is_no_dashboards_is_refused(address: str) -> None:
     with pytest.raises(UserError, match="expected the dashboard's"):
         checked_address(address, trust_network=True)

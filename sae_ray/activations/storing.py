@@ -18,7 +18,7 @@ from sae_ray.activations.store import INDEX, ActivationStore, chunk_key, stream_
 from sae_ray.activations.stream import BlockStream
 from sae_ray.config import RunConfig
 from sae_ray.corpus.reader import Split
-from sae_ray.errors import RunInterrupted, UserError
+from sae_ray.errors import RunInterrupted, UserError, printable
 from sae_ray.session import Deadline, Interrupt, ray_session
 from sae_ray.storage import absolute, is_written_whole, open_storage, probe
 
@@ -177,6 +177,9 @@ def store_blocks(cfg: RunConfig, uri: str, n_blocks: int | None, splits: list[Sp
     with Interrupt() as interrupt:
         writer = StoreWriter(cfg, uri, console, interrupt)
         with ray_session(cfg.ray, verbose):
-            console.print(f"{cfg.activations.most_producers} producers write to {uri}", soft_wrap=True)
+            console.print(
+                f"{cfg.activations.most_producers} producers write to {printable(uri)}", soft_wrap=True, markup=False
+            )
             writer.write(splits, n_blocks)
-    console.print(f"{uri}: {writer.size()}; {writer.written} written, {writer.kept} kept", soft_wrap=True)
+    told = f"{uri}: {writer.size()}; {writer.written} written, {writer.kept} kept"
+    console.print(printable(told), soft_wrap=True, markup=False)

@@ -6,6 +6,7 @@ Every section is a pydantic model whose fields carry their unit in the descripti
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,6 +37,8 @@ from sae_ray.config.sections import (
     Seed,
     TrainerConfig,
 )
+from sae_ray.logs import holds_credentials
+from sae_ray.places import RunsDir
 
 if TYPE_CHECKING:
     from sae_ray.variants import SAESpec
@@ -87,7 +90,7 @@ class RunConfig(Section):
 
     name: str
     seed: Seed = 0
-    runs_dir: str = "runs"
+    runs_dir: RunsDir = "runs"
     ray: RayConfig = RayConfig()
     model: ModelConfig = ModelConfig()
     hook: HookConfig
@@ -128,11 +131,8 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _no_credentials(self) -> RunConfig:
         """The config is written down as it is, in the run folder and in every checkpoint, and sent to actors."""
-        places = {"activations.store": self.activations.store, "trainer.checkpoint_dir": self.trainer.checkpoint_dir}
-        for role, keys in {"judge": self.judge.model_dump(), **self.judges}.items():
-            places[f"{role}.s3_mirror"] = keys.get("s3_mirror")
-        for key, place in places.items():
-            if isinstance(place, str) and re.match(r"[A-Za-z0-9+.-]+://[^/]*@", place):
+        for key, text in _texts(self.model_dump()):
+            if holds_credentials(text):
                 raise ValueError(f"{key}: holds credentials (before the '@'); S3 takes them from AWS_... or a role")
         return self
 
@@ -184,3 +184,15 @@ class RunConfig(Section):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def _texts(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """(key, text) of every text below, those of untyped sections included."""
+    if isinstance(tree, str):
+        yield key, tree
+    elif isinstance(tree, dict):
+        for name, value in tree.items():
+            yield from _texts(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(tree, (list, tuple)):
+        for index, value in enumerate(tree):
+            yield from _texts(value, f"{key}[{index}]")

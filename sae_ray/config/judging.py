@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from sae_ray.config.loop import LoopConfig
 from sae_ray.config.rewards import AlarmsConfig, RewardsConfig
 from sae_ray.config.sections import Dtype, FencedSection, Fraction, Positive, Seconds, Section
+from sae_ray.places import LocalPath
 
 
 class AutoscalingConfig(Section):
@@ -178,7 +179,7 @@ class RLAIFConfig(LoopConfig):
     )
     rewards: RewardsConfig = RewardsConfig()
     alarms: AlarmsConfig = AlarmsConfig()
-    replay_rewards: str | None = Field(
+    replay_rewards: LocalPath | None = Field(
         None,
         description="a finished run's folder, whose rewards are applied where that run did instead of asking judges",
     )

@@ -16,6 +16,8 @@ from pydantic import (
     model_validator,
 )
 
+from sae_ray.places import LocalPath, Place
+
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(gt=0)]
@@ -176,7 +178,7 @@ class ActivationsConfig(FencedSection):
     cpus: float = Field(0.5, gt=0, description="logical CPUs per producer")
     gpus: float = Field(0, ge=0)
     threads: Positive = 1
-    store: str | None = Field(
+    store: Place | None = Field(
         None,
         description="read blocks from this activation store (folder or s3://bucket/prefix, made by `sae-ray store`) "
         "instead of running the model",
@@ -248,7 +250,7 @@ class SAEConfig(Section):
         round(3**-0.5, 4),
         description="norm of the encoder's rows (and the decoder's, if free) at the start (benchmarks/init_norm.py)",
     )
-    init_from: str | None = Field(
+    init_from: LocalPath | None = Field(
         None, description="an SAE folder or file of any format that `sae-ray import` reads, to fine-tune"
     )
     export: Literal["same", "saelens", "sparsify", "dictionary_learning", "gemma_scope"] | None = Field(
@@ -315,7 +317,7 @@ class TrainerConfig(FencedSection):
     log_every: Positive = 10
     checkpoint_every: Positive = Field(100, description="steps between commits (taken at the next window's end)")
     keep_checkpoints: Positive = 2
-    checkpoint_dir: str | None = Field(
+    checkpoint_dir: Place | None = Field(
         None, description="where checkpoints go: a folder all nodes share, or s3://bucket/prefix; null: the run folder"
     )
     max_restarts: Annotated[int, Field(ge=0)] = Field(3, description="trainer group rebuilds before the run gives up")

@@ -9,11 +9,12 @@ from typing import Any
 import ray
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sae_ray import logs
 from sae_ray.activations.stream import BlockStream
 from sae_ray.config import RunConfig
-from sae_ray.errors import RunInterrupted, UserError
+from sae_ray.errors import RunInterrupted, UserError, printable
 from sae_ray.evaluation.evaluator import Evaluator, find_saes
 from sae_ray.judge.deploy import JudgeApp
 from sae_ray.judge.pool import JudgePool, endpoint_keys
@@ -183,7 +184,8 @@ def print_results(config: RunConfig, console: Console) -> None:
             place = row["hook"] if row["hook_out"] is None else f"{row['hook']} -> {row['hook_out']}"
             saes.add_row(name, row["architecture"], str(row["d_sae"]), place)
         console.print(saes)
-    detection = Table(title=f"held-out detection, soft AUROC (95% interval over latents), {_detector(config, result)}")
+    title = f"held-out detection, soft AUROC (95% interval over latents), {_detector(config, result)}"
+    detection = Table(title=Text(printable(title)))
     for heading in ("version", "AUROC", "interval", "shuffled null", "latents"):
         detection.add_column(heading, justify="left" if heading == "version" else "right")
     for name, row in result["detection"].items():
@@ -197,7 +199,7 @@ def print_results(config: RunConfig, console: Console) -> None:
             f"{pair['name']}: {_f(pair['difference'])} ({_f(pair['low'])} to {_f(pair['high'])}), "
             f"paired over {pair['n']} latents"
         )
-    console.print(f"report: {config.run_dir / 'report.html'}", soft_wrap=True)
+    console.print(Text(printable(f"report: {config.run_dir / 'report.html'}")), soft_wrap=True)
 
 
 def _detector(config: RunConfig, result: dict[str, Any]) -> str:

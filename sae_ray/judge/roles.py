@@ -96,8 +96,11 @@ def check_judge(cfg: JudgeConfig) -> None:
     for key, value in (("endpoint_model", cfg.endpoint_model), ("api_key_env", cfg.api_key_env)):
         if value is not None and cfg.endpoint is None:
             raise ValueError(f"judge.{key} is for judge.endpoint, which is not set")
-    if cfg.api_key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", cfg.api_key_env):
-        raise ValueError("judge.api_key_env is no name of an environment variable; it must not be the key itself")
+    if cfg.api_key_env is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", cfg.api_key_env):
+        # Small letters are refused because keys have them: hf_..., gsk_...
+        raise ValueError(
+            "judge.api_key_env is no name of an environment variable (A-Z, 0-9 and _); it must not be the key itself"
+        )
     if cfg.api_key_env is not None and cfg.endpoint is not None and not cfg.trust_network:
         parts = urlsplit(cfg.endpoint)
         if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
@@ -163,6 +166,11 @@ def _merged(base: JudgeConfig, keys: dict[str, Any], role: Role) -> JudgeConfig:
         values["endpoint"] = values["endpoint_model"] = values["api_key_env"] = None
     if values["endpoint"] is not None and "endpoint" in keys and "app" not in keys:
         values["app"] = None
+    # Adapters and a mirror are one model's.
+    if any(keys.get(key) not in (None, getattr(base, key)) for key in ("model", "s3_mirror", "endpoint", "app")):
+        values |= {"lora": keys.get("lora", {}), "adapter": keys.get("adapter")}
+        if keys.get("model") not in (None, base.model):
+            values["s3_mirror"] = keys.get("s3_mirror")
     try:
         return type(base).model_validate(values)
     except ValidationError as error:

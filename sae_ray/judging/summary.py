@@ -10,8 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sae_ray.config import RunConfig
+from sae_ray.errors import printable
 from sae_ray.judging import results
 from sae_ray.storage import LocalStorage
 
@@ -50,7 +52,8 @@ def write_summary(config: RunConfig) -> dict[str, Any]:
 
 
 def print_summary(config: RunConfig, summary: dict[str, Any], console: Console) -> None:
-    table = Table(title=f"{summary['name']}: {summary['hook']} of {summary['model']}, judge {summary['judge']}")
+    title = f"{summary['name']}: {summary['hook']} of {summary['model']}, judge {summary['judge']}"
+    table = Table(title=Text(printable(title)))
     for heading in ("scorer", "judged", "mean", "95% interval", "shuffled", "chance", "latents", "missing"):
         table.add_column(heading, justify="left" if heading in ("scorer", "judged") else "right", no_wrap=True)
     for row in summary["scores"]:
@@ -69,9 +72,8 @@ def print_summary(config: RunConfig, summary: dict[str, Any], console: Console) 
             + (f" and computed {summary['step_share']:.0%}" if summary["step_share"] else ""),
             soft_wrap=True,
         )
-    console.print(
-        f"report: {config.run_dir / 'report.html'}; scores: {config.run_dir / 'scores.parquet'}", soft_wrap=True
-    )
+    files = f"report: {config.run_dir / 'report.html'}; scores: {config.run_dir / 'scores.parquet'}"
+    console.print(Text(printable(files)), soft_wrap=True)
 
 
 def _f(value: float | None) -> str:

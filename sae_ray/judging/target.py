@@ -59,7 +59,7 @@ def find_target(
         if not path.exists():
             raise UserError(f"{path}: no such run folder or SAE")
         found = read_sae(path)
-        label = path.resolve().stem if path.is_file() else path.resolve().name
+        label = path.stem if path.is_file() else path.resolve().name  # a link's own name: its target's may be a hash
         run = (
             load_config(config_file, overrides)
             if config_file is not None

@@ -54,13 +54,16 @@ def _print(
     scores: dict[str, dict[str, object]],
     console: Console,
 ) -> None:
-    title = Text.assemble((f"latent {latent.latent}", "bold"), f"  {config.hook.name} of {config.model.name}")
+    where = printable(f"  {config.hook.name} of {config.model.name}")
+    title = Text.assemble((f"latent {latent.latent}", "bold"), where)
     console.print(title, soft_wrap=True)
     first = next(iter(scores.values()), None)
     if first is not None:
         console.print(
             Text.assemble(
-                ("means: ", "dim"), (printable(str(first["explanation"])), "bold cyan"), f"  ({first['explainer']})"
+                ("means: ", "dim"),
+                (printable(str(first["explanation"])), "bold cyan"),
+                printable(f"  ({first['explainer']})"),
             )
         )
     table = Table(box=None, pad_edge=False)

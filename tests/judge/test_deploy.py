@@ -275,9 +275,11 @@ def test_keys_that_do_not_fit_are_one_line_that_names_them(judge: Any, judges: A
         assert part in str(error.value)
 
 
-@pytest.mark.parametrize("judges", [{}, {"heldout": {"api_key_env": "sk-1234-secret", "endpoint": "http://h/v1"}}])
-def test_a_key_pasted_where_a_variable_belongs_is_refused_and_not_repeated(judges: Any) -> None:
-    judge = {} if judges else {"api_key_env": "sk-1234-secret", "endpoint": "http://h/v1"}
+@pytest.mark.parametrize("key", ["sk-1234-secret", "hf_AbCdsecret", "gsk_secret1234"])
+@pytest.mark.parametrize("role", ["scorer", "heldout"])
+def test_a_key_pasted_where_a_variable_belongs_is_refused_and_not_repeated(role: str, key: str) -> None:
+    pasted = {"api_key_env": key, "endpoint": "http://h/v1"}
+    judges, judge = ({"heldout": pasted}, {}) if role == "heldout" else ({}, pasted)
     with pytest.raises(UserError, match="must not be the key itself") as error:
         run(judges, **judge)
     assert "secret" not in str(error.value)
@@ -299,6 +301,25 @@ def test_a_role_takes_over_what_it_does_not_name() -> None:
     assert (explainer.model, explainer.dtype) == ("big/model", "float32")
     assert (explainer.autoscaling.max_replicas, explainer.autoscaling.upscale_delay_s) == (4, 9)
     assert made["scorer"] == run(dtype="float32", autoscaling={"max_replicas": 2, "upscale_delay_s": 9}).judge
+
+
+def test_adapters_and_a_mirror_stay_with_the_model_that_they_are_of() -> None:
+    judge = {"model": "qwen/x", "lora": {"terse": "a/b"}, "adapter": "terse", "s3_mirror": "s3://b/qwen"}
+    for other in (
+        {"model": "gemma/y"},
+        {"s3_mirror": "s3://b/gemma"},
+        {"endpoint": "https://h/v1"},
+        {"app": "serving"},
+    ):
+        made = judges_of(run({"heldout": other, "explainer": {"max_attempts": 2}}, **judge))
+        assert (made["heldout"].lora, made["heldout"].adapter) == ({}, None), other
+        assert (made["explainer"].lora, made["explainer"].adapter) == ({"terse": "a/b"}, "terse")
+    assert judges_of(run({"heldout": {"model": "gemma/y"}}, **judge))["heldout"].s3_mirror is None
+    own = {"model": "gemma/y", "lora": {"mine": "c/d"}, "adapter": "mine", "s3_mirror": "s3://b/gemma"}
+    made = judges_of(run({"heldout": own}, **judge))["heldout"]
+    assert (made.lora, made.adapter, made.s3_mirror) == ({"mine": "c/d"}, "mine", "s3://b/gemma")
+    same = judges_of(run({"explainer": {"model": "qwen/x", "adapter": None}}, **judge))["explainer"]
+    assert (same.lora, same.adapter, same.s3_mirror) == ({"terse": "a/b"}, None, "s3://b/qwen")
 
 
 def test_a_role_may_leave_the_endpoint_and_takes_its_key_along() -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from small_saes import M, small_sae
 
 from sae_ray.errors import UserError
-from sae_ray.sae.formats import Provenance, export_sae, import_sae
+from sae_ray.sae.formats import FORMATS, Provenance, export_sae, import_sae
 
 CONFIG = {"saelens": "cfg.json", "sparsify": "cfg.json", "dictionary_learning": "config.json"}
 
@@ -182,3 +182,22 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match=r"file/out.*cannot be written"):
         export_sae(small_sae("topk"), tmp_path / "file" / "out", "saelens", Provenance())
+
+
+@pytest.mark.parametrize("format", ["saelens", "sparsify", "dictionary_learning", "gemma_scope"])
+def test_an_sae_in_the_hugging_face_cache_is_read_through_its_links(format, tmp_path):
+    made = export_sae(
+        small_sae("topk" if format == "sparsify" else "jumprelu"), tmp_path / "made", format, Provenance()
+    )
+    snapshot, blobs = tmp_path / "models--x--sae" / "snapshots" / "c0ffee", tmp_path / "models--x--sae" / "blobs"
+    for folder in (snapshot, blobs):
+        folder.mkdir(parents=True)
+    for number, file in enumerate(made.iterdir()):
+        file.rename(blobs / f"{number:064x}")
+        (snapshot / file.name).symlink_to(Path("..", "..", "blobs", f"{number:064x}"))
+    weights = FORMATS[format].weights
+    for path in (snapshot, snapshot / weights):
+        assert import_sae(path).d_sae == M
+    (snapshot / weights).resolve().unlink()
+    with pytest.raises(UserError, match=f"{weights}"):  # what the user knows, not a hash
+        import_sae(snapshot, format)

@@ -26,7 +26,7 @@ _MOST_UNPACKED = 100
 
 def read_json(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(LocalStorage(file.parent).read(file.name))
+        found = json.loads(_bytes(file))
     except ValueError as error:
         raise UserError(f"{file}: is not JSON: {error}") from error
     except RecursionError as error:
@@ -41,8 +41,9 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
 
 
 def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
+    data = _bytes(file)
     try:
-        return tensors_from_bytes(LocalStorage(file.parent).read(file.name))
+        return tensors_from_bytes(data)
     except SafetensorError as error:
         raise UserError(f"{file}: is not a safetensors file: {error}") from error
     except Exception as error:  # a dtype that torch has not, a shape that the bytes do not fill: no common base
@@ -51,7 +52,7 @@ def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
 
 def read_state_dict(file: Path) -> dict[str, torch.Tensor]:
     """A PyTorch file that holds nothing but named tensors."""
-    data = LocalStorage(file.parent).read(file.name)
+    data = _bytes(file)
     try:
         if zipfile.is_zipfile(io.BytesIO(data)):  # else what torch wrote before 1.6
             _check_unpacked(file, data)
@@ -70,7 +71,7 @@ def read_state_dict(file: Path) -> dict[str, torch.Tensor]:
 
 
 def read_npz(file: Path) -> dict[str, torch.Tensor]:
-    data = LocalStorage(file.parent).read(file.name)
+    data = _bytes(file)
     try:
         _check_unpacked(file, data)
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
@@ -79,6 +80,14 @@ def read_npz(file: Path) -> dict[str, torch.Tensor]:
         raise
     except Exception as error:  # of a spoiled file anything, from the zip reader and the parser of headers
         raise UserError(f"{file}: is not an npz file of plain arrays: {_first_line(error)}") from error
+
+
+def _bytes(file: Path) -> bytes:
+    """Wherever the file lies: a person named it, and in the Hugging Face cache it is a link to ../../blobs/HASH."""
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from error
 
 
 def _check_unpacked(file: Path, data: bytes) -> None:
