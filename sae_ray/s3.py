@@ -154,6 +154,11 @@ class S3Storage:
         with self._explained(key, "cannot be looked up", "look up"):
             return self._head(key) is not None
 
+    def size(self, key: str) -> int | None:
+        with self._explained(key, "cannot be looked up", "look up"):
+            held = self._head(key)
+        return None if held is None else int(held["ContentLength"])
+
     def folders(self) -> list[str]:
         root = f"{self.prefix}/" if self.prefix else ""
         found: list[str] = []
