@@ -51,12 +51,12 @@ class FaultyRank(TrainerRank):
         self._kill("while rewards are installed")
         return super().apply_rewards(batch, evidence)
 
-    def save(self, folder: str) -> dict[str, Any]:
+    def save(self, folder: str, save: str = "") -> dict[str, Any]:
         self._kill("at a snapshot")
         self._writer.step = self._steps()
         if (fault := self._fuses.take("disk full", "before an upload", self._steps())) is not None:
             fill_disk(Path(folder).parent, int(fault.amount))
-        return super().save(folder)
+        return super().save(folder, save)
 
     def written(self, patience_s: float) -> dict[str, Any] | None:
         report = super().written(patience_s)
@@ -92,13 +92,13 @@ class FaultyWriter(ShardWriter):
         super().__init__()
         self._fuses, self.rank, self.step = fuses, 0, 0
 
-    def _write(self, folder: str, tp_rank: int, snapshots: dict[str, Any]) -> None:
+    def _write(self, folder: str, tp_rank: int, snapshots: dict[str, Any], save: str) -> None:
         def buffers_of(tensors: Any) -> Any:
             return _Torn(WHOLE(tensors), lambda: self._fuses.kill("rank killed", phase, self.step, self.rank))
 
         phase = "inside an upload"
         checkpoint.buffers_of = buffers_of  # type: ignore[assignment]
-        super()._write(folder, tp_rank, snapshots)
+        super()._write(folder, tp_rank, snapshots, save)
 
 
 class _Torn(list):  # type: ignore[type-arg]

@@ -57,7 +57,7 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Reference:
-    """metrics: every step's numbers without timings. files: sha256 of the last checkpoint's files. windows: tokens of
+    """metrics: every step's numbers without timings. files: sha256 of the last checkpoint's shards. windows: tokens of
     each mix window. rounds: step after which each round of rewards was applied."""
 
     steps: int
@@ -72,7 +72,7 @@ class Reference:
         rows = rows_of(run / "metrics.jsonl")
         step = max(row["step"] for row in rows)
         manifest = json.loads(shelf.read(f"step-{step}/manifest.json"))
-        files = {name: entry["sha256"] for name, entry in manifest["files"].items()}
+        files = {shard_of(name): entry["sha256"] for name, entry in manifest["files"].items()}
         return cls(step, numbers(rows), files, windows, batch_tokens, rounds_of(run))
 
     def used(self, step: int) -> tuple[list[int], int]:
@@ -85,6 +85,11 @@ class Reference:
                 return [window, step], tokens + step * even + min(step, larger)
             step, tokens = step - batches, tokens + size
         return [len(self.windows), 0], tokens
+
+
+def shard_of(name: str) -> str:
+    """Rank and copy in a file's name, without which save wrote it."""
+    return ".".join(name.split(".")[:2])
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -156,7 +161,7 @@ def wrong_checkpoints(shelf: Shelf, reference: Reference) -> Iterable[str]:
     found = {int(match[1]) for name in names if (match := re.match(r"step-(\d+)/manifest\.json$", name))}
     if reference.steps not in found:
         yield f"checkpoints: none of step {reference.steps}"
-    listed = set()
+    listed = {"writer.json"}  # of the last attempt
     for step in sorted(found):
         manifest = json.loads(shelf.read(f"step-{step}/manifest.json"))
         listed |= {f"step-{step}/{name}" for name in ("manifest.json", *manifest["files"])}
@@ -164,7 +169,7 @@ def wrong_checkpoints(shelf: Shelf, reference: Reference) -> Iterable[str]:
             path = f"step-{step}/{name}"
             if path not in names or hashlib.sha256(shelf.read(path)).hexdigest() != entry["sha256"]:
                 yield f"checkpoints: {path} is missing or is not what its manifest says"
-            elif step == reference.steps and entry["sha256"] != reference.files.get(name):
+            elif step == reference.steps and entry["sha256"] != reference.files.get(shard_of(name)):
                 yield f"weights: {path} differs from the undisturbed run's"
         cursor, tokens = reference.used(step)
         if manifest["cursor"] != cursor:

@@ -11,6 +11,7 @@ import contextlib
 import multiprocessing
 import os
 import random
+import secrets
 import signal
 import sys
 import threading
@@ -26,6 +27,7 @@ from sae_ray.errors import UserError
 from sae_ray.reward.applied import AppliedRounds
 from sae_ray.storage import LocalStorage, absolute
 from sae_ray.trainer import checkpoint
+from sae_ray.trainer.claim import Claim
 from sae_ray.trainer.mixing import Cursor
 
 HERE = Path(__file__).parent
@@ -62,6 +64,8 @@ class Loop:
         self.rank = FaultyRank(config.model_dump_json(), widths)
         self.rank.join("127.0.0.1", 0, 0, 1, 0)
         self._rounds = [AppliedRounds(LocalStorage(str(config.rlaif.replay_rewards))).read(n) for n in range(2)]
+        self.claim = Claim(self.home, config.name)
+        self.claim.hold()
         latest = checkpoint.latest(self.home)
         manifest = checkpoint.read_manifest(latest) if latest else {"step": 0}
         self.log = WatchedLog(config.run_dir, manifest["step"])
@@ -107,15 +111,18 @@ class Loop:
 
     def _save(self, pin: str | None) -> None:
         path = checkpoint.step_dir(self.home, self.step)
+        self.claim.check()
         checkpoint.begin(path)
-        report = self.rank.save(absolute(path))
+        report = self.rank.save(absolute(path), secrets.token_hex(4))
         while (written := self.rank.written(1.0)) is None:
             pass
         extra = {"tokens": self.tokens, "rounds_done": self.rounds_done, "rewards_applied": 0}
         about = {"step": self.step, "cursor": list(self.cursor), "pin": pin, "extra": extra}
+        self.claim.check()
         checkpoint.commit(path, checkpoint.manifest_of(self.config, self._d_in, [report | written], about))
         self.saved = self.step
         self.log.event("commit", step=self.step, pin=pin)
+        self.claim.check()
         checkpoint.prune(self.home, self.config.trainer.keep_checkpoints)
 
     def _blocks(self, split: Any, first: int, count: int) -> list[dict[str, Any]]:

@@ -41,6 +41,7 @@ from sae_ray.session import Deadline, Interrupt
 from sae_ray.storage import LocalStorage
 from sae_ray.telemetry import Progress, RateMeter, RunLog, RunStatus
 from sae_ray.trainer import checkpoint
+from sae_ray.trainer.claim import Claim
 from sae_ray.trainer.group import RankDied, TrainerGroup
 from sae_ray.trainer.mixing import Cursor
 from sae_ray.trainer.pipeline import TrainedWindow, WindowPipeline
@@ -66,6 +67,7 @@ class Controller:
         judges = config if config.rlaif.alarms.asks_held_out else without_heldout(config)
         self.judge = JudgePool(judges, keep_serve=config.ray.address == "local")
         self.desk = DeskLink(config, self.judge)
+        self.claim = Claim(checkpoint.home(config), config.name)
         self.committed_step = 0
         self.saved_step = 0  # of the last snapshot: committed, or on its way
         self.saving: Saving | None = None
@@ -242,7 +244,7 @@ class Controller:
         """
         self._finish_save()
         self.saving = self.group.begin_save(
-            checkpoint.home(self.config),
+            self.claim,
             self.submitted_step,
             self.pipeline.cursor,
             extra={
@@ -264,7 +266,8 @@ class Controller:
         self.saving = None
         self.log.event("commit", step=self.committed_step, pin=pin, **cost)
         self.measures.committed()
-        checkpoint.prune(checkpoint.home(self.config), self.config.trainer.keep_checkpoints)
+        self.claim.check()
+        checkpoint.prune(self.claim.home, self.config.trainer.keep_checkpoints)
 
     def _finish_save(self) -> None:
         began = time.monotonic()
@@ -292,7 +295,8 @@ class Controller:
         logs.bind(generation=self.generation)
         self.group = TrainerGroup.start(self.config, self.stream.widths, self.generation, self._on_wait, self.place)
         self.log.event("group", generation=self.generation, nodes=self.group.addresses)
-        path = checkpoint.latest(checkpoint.home(self.config))
+        self.claim.hold()  # before it is read what is there: nobody may commit after that
+        path = checkpoint.latest(self.claim.home)
         if path is None:
             self.pipeline = WindowPipeline(self.config, self.group, Cursor(0, 0), 0)
             self.committed_step = self.saved_step = self.status.step = self.status.tokens = 0
@@ -426,7 +430,8 @@ class Controller:
         self._stop_group()
         if self.saving is not None:  # it failed, perhaps for want of room
             with contextlib.suppress(UserError):
-                checkpoint.discard_uncommitted(checkpoint.home(self.config))
+                self.claim.check()  # or what is uncommitted may be the save of who has taken over
+                checkpoint.discard_uncommitted(self.claim.home)
         self.stream.stop()
 
 

@@ -218,7 +218,7 @@ def _embedded() -> Iterator[Finding]:
 
 
 def _config(config: RunConfig) -> Iterator[Finding]:
-    """Every check of `preflight`, each by itself, so that one failure does not hide the next."""
+    """Every check of `preflight`, each by itself, so that one failure does not hide the next; a text is a warning."""
     from sae_ray import preflight
     from sae_ray.session import check_address
 
@@ -240,11 +240,11 @@ def _config(config: RunConfig) -> Iterator[Finding]:
         checks.append(("sae.init_from", lambda: preflight.check_init_from(config), "can be read, and fits"))
     for what, check, fine in checks:
         try:
-            check()
+            doubt = check()
         except UserError as error:
             yield Finding(what, "failure", str(error))
         else:
-            yield Finding(what, "ok", fine)
+            yield Finding(what, "warning", doubt) if isinstance(doubt, str) else Finding(what, "ok", fine)
 
 
 def _check_folder(folder: Path) -> None:
@@ -263,16 +263,20 @@ def _check_folder(folder: Path) -> None:
         raise UserError(f"{folder}: is not writable: {there}: {error.strerror or error}") from error
 
 
-def _check_bucket(location: str, key: str) -> None:
+def _check_bucket(location: str, key: str) -> str | None:
     """Writes, reads and removes an object of its own, and looks whether the endpoint minds conditions.
+
+    Returns what to look at, of an endpoint that refuses conditions and says so.
 
     Raises:
         UserError: one of them fails; or two runs that commit at once would not notice each other.
     """
     import uuid
 
+    from sae_ray.s3_traffic import TRAFFIC
     from sae_ray.storage import PROBE, open_storage
 
+    before = TRAFFIC.counts()["unconditional"]
     storage, name = open_storage(location), f"{PROBE}-{uuid.uuid4().hex}"
     try:
         sha256 = storage.commit(name, b"probe")
@@ -281,7 +285,9 @@ def _check_bucket(location: str, key: str) -> None:
             try:
                 storage.commit(name, b"another")
             except UserError:
-                return
+                if TRAFFIC.counts()["unconditional"] == before:
+                    return None
+                return f"{location}: the endpoint refuses conditional writes: of two commits at once one may be lost"
             raise UserError("the endpoint ignores If-None-Match: never let two runs write there at once")
         finally:
             storage.delete(name)

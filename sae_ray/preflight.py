@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -14,7 +13,7 @@ import yaml
 from sae_ray.config import JudgeConfig, RunConfig
 from sae_ray.errors import UserError, printable
 from sae_ray.session import check_address
-from sae_ray.storage import ensure_writable, is_s3, probe
+from sae_ray.storage import LocalStorage, ensure_writable, is_s3, probe
 
 if TYPE_CHECKING:
     from sae_ray.judge.roles import Role
@@ -264,12 +263,18 @@ def remove_run(config: RunConfig) -> None:
     """What `--fresh` does: the run folder goes, and this run's checkpoints wherever they are.
 
     Raises:
-        UserError: the folder is no run's, or the checkpoints are another run's; nothing was removed then.
+        UserError: the folder is no run's, or a link, or the checkpoints are another run's; nothing was removed then.
     """
     from sae_ray.trainer import checkpoint
 
     folder = config.run_dir
-    if folder.exists() and not (folder / "config.yaml").is_file() and any(folder.iterdir()):
+    if folder.is_symlink():
+        raise UserError(
+            f"--fresh: {folder} is a link to {folder.readlink()}; not removed; remove what it leads to, or the link"
+        )
+    # The probe of a checkpoint_dir in here leaves folders, and nothing in them.
+    empty = all(path.is_dir() and not path.is_symlink() for path in folder.rglob("*"))
+    if folder.exists() and not (folder / "config.yaml").is_file() and not empty:
         raise UserError(f"--fresh: {folder} does not look like a run folder; not removed")
     home = checkpoint.home(config)
     for _, path in checkpoint.committed(home):
@@ -280,8 +285,7 @@ def remove_run(config: RunConfig) -> None:
                 "choose another trainer.checkpoint_dir"
             )
     checkpoint.remove_all(home)
-    if folder.exists():
-        shutil.rmtree(folder)
+    LocalStorage(folder).delete("")
 
 
 def differences(before: Any, after: Any, prefix: str = "") -> list[str]:

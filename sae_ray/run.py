@@ -16,7 +16,7 @@ from sae_ray.sae.formats import export_sae
 from sae_ray.sae.formats.of_run import as_exported, sae_of_run
 from sae_ray.session import Interrupt, ray_session
 from sae_ray.status_file import StatusFile
-from sae_ray.storage import is_s3
+from sae_ray.storage import LocalStorage, is_s3
 from sae_ray.telemetry import Progress, RunLog, RunStatus
 from sae_ray.trainer import checkpoint
 from sae_ray.variants import MAIN
@@ -38,7 +38,8 @@ def run_training(config: RunConfig, verbose: bool = False) -> None:
         console.print(f"{config.name}: is complete; --fresh trains it again", soft_wrap=True)
         print_results(config, console)
         return
-    (config.run_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    # In one piece: a run folder without a whole config is no run any more.
+    LocalStorage(config.run_dir).write("config.yaml", config.to_yaml().encode())
     log = RunLog(config.run_dir, done)
     place = str(checkpoint.home(config))
     file = StatusFile(config.run_dir, config.name, place if is_s3(place) else None)

@@ -64,6 +64,7 @@ _AGAIN = (
     "IncompleteBody",
     "ConditionalRequestConflict",
     "OperationAborted",
+    "NoSuchUpload",
 )
 _LOST_RACE = ("PreconditionFailed", "412")
 _NO_CONDITIONS = ("NotImplemented", "501", "UnsupportedOperation")
@@ -154,6 +155,11 @@ class S3Storage:
         with self._explained(key, "cannot be looked up", "look up"):
             return self._head(key) is not None
 
+    def size(self, key: str) -> int | None:
+        with self._explained(key, "cannot be looked up", "look up"):
+            held = self._head(key)
+        return None if held is None else int(held["ContentLength"])
+
     def folders(self) -> list[str]:
         root = f"{self.prefix}/" if self.prefix else ""
         found: list[str] = []
@@ -199,13 +205,21 @@ class S3Storage:
         )
 
     def _upload(self, key: str, parts: Sequence[memoryview], sha256: str) -> None:
-        self._client.upload_fileobj(
-            io.BufferedReader(_Parts(parts), MULTIPART_BYTES),
-            self.bucket,
-            self._key(key),
-            ExtraArgs={"ChecksumAlgorithm": "SHA256", "Metadata": {SHA256: sha256}},
-            Config=TransferConfig(multipart_threshold=MULTIPART_BYTES, multipart_chunksize=MULTIPART_BYTES // 2),
-        )
+        try:
+            self._client.upload_fileobj(
+                io.BufferedReader(_Parts(parts), MULTIPART_BYTES),
+                self.bucket,
+                self._key(key),
+                ExtraArgs={"ChecksumAlgorithm": "SHA256", "Metadata": {SHA256: sha256}},
+                Config=TransferConfig(multipart_threshold=MULTIPART_BYTES, multipart_chunksize=MULTIPART_BYTES // 2),
+            )
+        except (ClientError, S3UploadFailedError) as error:
+            cause = _cause(error)
+            if not isinstance(cause, ClientError) or _code(cause) != "NoSuchUpload":
+                raise
+            # Completed already, if it was only the answer that was lost: botocore asks for it once more.
+            if (held := self._head(key)) is None or held["Metadata"].get(SHA256) != sha256:
+                raise
 
     def _commit_unconditionally(self, key: str, data: bytes, sha256: bytes, after: str | None) -> None:
         """Looks, then writes: between the two somebody else may write, and nobody would notice."""
@@ -252,14 +266,16 @@ class S3Storage:
 
 @functools.lru_cache(maxsize=4)
 def _client(environment: tuple[tuple[str, str], ...]) -> Any:
-    """A client (safe to share between threads) for the AWS settings as they are now."""
+    """A client (safe to share between threads) for the AWS settings as they are now, which are `environment`."""
     config = Config(
         connect_timeout=CONNECT_TIMEOUT_S,
         read_timeout=READ_TIMEOUT_S,
         retries={"total_max_attempts": ATTEMPTS, "mode": "standard"},
     )
     try:
-        client = boto3.session.Session().client("s3", config=config)
+        # Botocore itself reads AWS_DEFAULT_REGION only, unlike every other SDK.
+        region = dict(environment).get("AWS_REGION") or None
+        client = boto3.session.Session(region_name=region).client("s3", config=config)
         client.meta.events.register("needs-retry.s3", TRAFFIC.on_attempt, unique_id="sae_ray")
         return client
     except (BotoCoreError, ValueError) as error:

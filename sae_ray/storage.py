@@ -63,6 +63,9 @@ class Storage(Protocol):
 
     def exists(self, key: str) -> bool: ...
 
+    def size(self, key: str) -> int | None:
+        """Bytes of a file; None if there is none."""
+
     def folders(self) -> list[str]:
         """Names of the folders right below the root, sorted, also of those that hold only half-written files."""
 
@@ -151,6 +154,15 @@ class LocalStorage:
 
     def exists(self, key: str) -> bool:
         return self.path(key).exists()
+
+    def size(self, key: str) -> int | None:
+        path = self.path(key)
+        try:
+            return path.stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be looked up: {error.strerror}") from error
 
     def folders(self) -> list[str]:
         try:

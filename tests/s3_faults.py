@@ -3,7 +3,7 @@
 slow: the answer comes late, byte by byte at first. 503: refused, as S3 does when it wants less. reset: the connection
 breaks in the middle of the body (of the request, or of the answer where it has one). truncate: the answer ends early.
 short: it ends early and says that it was to be so short. flip: one byte of it is another. lost: what was asked is done,
-and nobody hears of it.
+and nobody hears of it. Scripted only: gone: an upload in parts is not known, as an endpoint says that has completed it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 FAULTS = ("slow", "503", "reset", "truncate", "short", "flip", "lost")
 SLOW_S = 0.3
 _SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+_NO_SUCH_UPLOAD = b"<Error><Code>NoSuchUpload</Code><Message>The upload does not exist.</Message></Error>"
 
 
 class S3Faults:
@@ -106,6 +107,9 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(size)
         if fault == "503":
             self._answer(503, [("Content-Type", "application/xml")], _SLOW_DOWN)
+            return
+        if fault == "gone":
+            self._answer(404, [("Content-Type", "application/xml")], _NO_SUCH_UPLOAD)
             return
         if known := [name for name in self.faults.unknown if name in self.headers]:
             told = f"<Error><Code>NotImplemented</Code><Message>{known[0]}</Message></Error>".encode()

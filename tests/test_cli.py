@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import socket
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import ray
 import yaml
 
 from sae_ray import cli
+from sae_ray.errors import UserError
 
 MINIMAL: dict[str, Any] = {"name": "bad", "hook": {"layer": 2}, "rlaif": {"enabled": False}}
 
@@ -102,6 +105,47 @@ def test_fresh_does_not_remove_a_folder_that_is_no_run(run_cli, tmp_path):
     assert code == 2
     assert "does not look like a run folder" in err
     assert (folder / "thesis.tex").exists()
+
+
+def test_a_first_fresh_run_may_keep_its_checkpoints_in_its_folder(run_cli, tmp_path):
+    folder = tmp_path / "runs" / "bad"
+    nowhere = {"address": f"127.0.0.1:{free_port()}"}
+    for _ in range(2):  # also after one that was refused further on
+        code, err = run_cli("--fresh", trainer={"checkpoint_dir": str(folder / "ckpt" / "here")}, ray=nowhere)
+        assert code == 2
+        assert "cannot be reached" in err
+
+
+def test_fresh_refuses_a_linked_run_folder_before_anything_is_removed(run_cli, tmp_path):
+    real, folder = tmp_path / "large-disk", tmp_path / "runs" / "bad"
+    manifest = real / "checkpoints" / "step-4" / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text(json.dumps({"config": {"name": "bad"}}))
+    (real / "config.yaml").write_text("")
+    folder.parent.mkdir()
+    folder.symlink_to(real)
+    code, err = run_cli("--fresh")
+    assert code == 2
+    assert err.startswith(f"sae-ray: --fresh: {folder} is a link to {real}; not removed")
+    assert manifest.exists()
+
+
+def test_a_config_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkeypatch):
+    from sae_ray import run
+    from sae_ray.config_file import parse_config
+
+    config = parse_config({**MINIMAL, "runs_dir": str(tmp_path)}, "test")
+    config.run_dir.mkdir()
+    (config.run_dir / "config.yaml").write_text("the earlier one")
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(run, "RunLog", lambda *_: pytest.fail("the run began"))
+    with pytest.raises(UserError, match=r"config\.yaml: cannot be written: No space left"):
+        run.run_training(config)
+    assert (config.run_dir / "config.yaml").read_text() == "the earlier one"
 
 
 def test_a_replay_of_a_run_by_itself_is_refused_before_fresh_removes_it(run_cli, tmp_path):

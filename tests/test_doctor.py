@@ -12,7 +12,7 @@ from rich.console import Console
 from s3_faults import S3Faults
 from s3_server import BUCKET, S3Server
 
-from sae_ray import doctor
+from sae_ray import doctor, preflight
 from sae_ray.config import RunConfig
 from sae_ray.doctor import Demand, Finding, demand, examine, print_findings
 from sae_ray.errors import UserError
@@ -88,17 +88,29 @@ def test_a_token_mode_without_a_token_would_fail(monkeypatch: pytest.MonkeyPatch
     assert "secret-of-mine" not in told.told
 
 
-def test_a_bucket_is_written_read_and_left_as_it_was(monkeypatch: pytest.MonkeyPatch, s3: S3Server) -> None:
+def test_a_bucket_is_written_read_and_left_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, s3: S3Server, tmp_path: Path
+) -> None:
     for key, value in s3.settings.items():
         monkeypatch.setenv(key, value)
     place, key = f"s3://{BUCKET}/run", "trainer.checkpoint_dir"
-    doctor._check_bucket(place, key)
+    assert doctor._check_bucket(place, key) is None
     assert s3.keys() == []
     # An endpoint that does not mind conditions: two runs that write there would not notice each other.
     with S3Faults(s3.settings["AWS_ENDPOINT_URL"], dropped_headers=("If-None-Match",)) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         with pytest.raises(UserError, match=r"^trainer\.checkpoint_dir = s3://runs/run: the endpoint ignores If-None-"):
             doctor._check_bucket(place, key)
+    assert s3.keys() == []
+    # One that knows none and says so: a run looks before it writes, and between the two is a moment.
+    with S3Faults(s3.settings["AWS_ENDPOINT_URL"], unknown_headers=("If-None-Match",)) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        asked = config(tmp_path, trainer={"checkpoint_dir": place})
+        monkeypatch.setattr(preflight, "check_sources", lambda _: None)
+        monkeypatch.setattr(preflight, "check_judges", lambda _: None)
+        told = of(list(doctor._config(asked)), key)
+        assert told.state == "warning"
+        assert told.told.startswith(f"{place}: the endpoint refuses conditional writes")
     assert s3.keys() == []
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3.settings["AWS_ENDPOINT_URL"])
     with pytest.raises(UserError, match="there is no such bucket"):

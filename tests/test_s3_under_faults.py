@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from botocore.exceptions import ClientError
 from s3_faults import FAULTS, SLOW_S, S3Faults
 from s3_server import BUCKET, S3Server
 
@@ -139,6 +140,44 @@ def test_a_large_upload_survives_lost_and_broken_parts(faults, storage, server, 
     assert faults.done["reset"] == faults.done["lost"] == faults.done["503"] == 1
     assert counted(before, "retries") >= 3
     assert storage.read("large", digest) == raw(server, storage, "large") == data
+
+
+@pytest.mark.parametrize("there", ["ours", "nothing"])
+def test_an_upload_whose_completion_is_not_answered_is_looked_for_and_else_made_anew(
+    faults, storage, server, monkeypatch, there
+):
+    monkeypatch.setattr(s3, "MULTIPART_BYTES", 10 << 20)
+    data = os.urandom(11 << 20)
+    key, real, uploads = storage.url("large").removeprefix(f"s3://{BUCKET}/"), s3.S3Storage._head, []
+
+    def head(storage, name):
+        uploads.append(name)
+        if there == "nothing" and len(uploads) == 1:
+            server.client.delete_object(Bucket=BUCKET, Key=key)
+        return real(storage, name)
+
+    monkeypatch.setattr(s3.S3Storage, "_head", head)
+    faults.methods = ("POST",)
+    faults.script("", "lost", "gone")  # created; completed, and nobody hears of it; asked again by botocore
+    digest = storage.write("large", data)
+    assert faults.done["lost"] == len(uploads) == 1
+    assert storage.read("large", digest) == raw(server, storage, "large") == data
+    created, completed = (1, 2) if there == "ours" else (2, 3)
+    assert sum(faults.done.values()) == created + completed
+
+
+def test_an_upload_that_is_gone_each_time_is_given_up_by_name(faults, storage, monkeypatch):
+    monkeypatch.setattr(s3, "MULTIPART_BYTES", 10)
+    gone, tries = ClientError({"Error": {"Code": "NoSuchUpload", "Message": "gone"}}, "CompleteMultipartUpload"), []
+
+    def upload(*_, **__):
+        tries.append(1)
+        raise gone
+
+    monkeypatch.setattr(storage._client, "upload_fileobj", upload)
+    with pytest.raises(UserError, match=r"/large: cannot be written: gone \(NoSuchUpload\)"):
+        storage.write("large", bytes(11))
+    assert len(tries) == TRIES
 
 
 @pytest.mark.parametrize("seed", [0, 1])

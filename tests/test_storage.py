@@ -23,6 +23,7 @@ from sae_ray import cli, s3
 from sae_ray.errors import UserError
 from sae_ray.storage import LocalStorage, Storage, ensure_writable, join, open_storage, probe
 from sae_ray.trainer.checkpoint import FORMAT
+from sae_ray.trainer.claim import Claim
 
 NOTHING_LISTENS = "http://127.0.0.1:9"
 
@@ -54,6 +55,7 @@ def test_what_is_written_is_read_listed_and_removed(storage: Storage) -> None:
     assert storage.read("step-1/parts.bin", digest) == b"weights"
     assert storage.exists("step-1/shard.bin")
     assert not storage.exists("step-1/other.bin")
+    assert [storage.size(f"step-1/{name}") for name in ("shard.bin", "other.bin", "shard.bin/x")] == [7, None, None]
     assert storage.list() == ["step-1/parts.bin", "step-1/shard.bin", "step-10/shard.bin"]
     assert storage.list("step-1") == ["step-1/parts.bin", "step-1/shard.bin"]
     assert storage.folders() == ["step-1", "step-10"]
@@ -224,6 +226,16 @@ def test_a_server_that_refuses_connections_is_given_up_in_bounded_time(on_s3, mo
         open_storage(on_s3).write("key", b"")
 
 
+def test_the_region_is_what_aws_region_says(on_s3, monkeypatch):
+    monkeypatch.setenv("AWS_REGION", "eu-central-1")
+    assert open_storage(on_s3)._client.meta.region_name == "eu-central-1"
+    monkeypatch.delenv("AWS_DEFAULT_REGION")
+    assert open_storage(on_s3)._client.meta.region_name == "eu-central-1"
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-west-2")
+    monkeypatch.setenv("AWS_REGION", "")
+    assert open_storage(on_s3)._client.meta.region_name == "us-west-2"
+
+
 def test_a_client_without_credentials_is_told_what_to_set(on_s3, monkeypatch, tmp_path):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
@@ -326,6 +338,7 @@ def test_another_versions_checkpoints_are_not_resumed(run_cli, on_s3):
 def test_fresh_removes_the_runs_own_checkpoints_and_nothing_else(run_cli, on_s3, format):
     committed(on_s3, {"name": "run", "hook": {"layer": 2}, "rlaif": {"enabled": False}}, format)
     open_storage(on_s3).write("notes.txt", b"mine")
+    Claim(on_s3, "run").hold()
     code, err = run_cli("train", "--fresh", "--check", trainer={"checkpoint_dir": on_s3})
     assert code == 0, err
     assert open_storage(on_s3).list() == ["notes.txt"]

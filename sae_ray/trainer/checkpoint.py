@@ -1,12 +1,12 @@
 """Checkpoints: what a folder `step-N/` holds, when it counts, and how it is read on another mesh.
 
-    step-N/rank-<tp>.main.safetensors       one tp shard of the SAE: weights, Adam, firing counts, threshold
-    step-N/rank-<tp>.control.safetensors    the same of the control copy, where there is one
-    step-N/manifest.json                    written last: a folder without it was never committed
+    step-N/rank-<tp>.main.<save>.safetensors       one tp shard of the SAE: weights, Adam, firing counts, threshold
+    step-N/rank-<tp>.control.<save>.safetensors    the same of the control copy, where there is one
+    step-N/manifest.json                           written last: a folder without it was never committed
 
 A shard lists the latents it holds, so a reader takes the rows it needs from whichever files hold them. Ranks
 of one dp column hold the same shard; the first writes it. `folder` is a local one or `s3://bucket/prefix`
-throughout. Nothing here needs Ray or a process group.
+throughout. Nothing here needs Ray or a process group, or asks who may write: `claim.py` does.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from sae_ray.config import RunConfig
 from sae_ray.errors import UserError
 from sae_ray.storage import join, open_storage
 from sae_ray.tensor_file import buffers_of
+from sae_ray.trainer.claim import WRITER
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -47,8 +48,9 @@ def step_dir(folder: str | Path, step: int) -> str | Path:
     return join(folder, f"step-{step}")
 
 
-def shard_name(tp_rank: int, copy: str) -> str:
-    return f"rank-{tp_rank}.{copy}.safetensors"
+def shard_name(tp_rank: int, copy: str, save: str = "") -> str:
+    """A name that no other save gives, so that nobody's late write replaces what a manifest lists."""
+    return f"rank-{tp_rank}.{copy}.{save}.safetensors" if save else f"rank-{tp_rank}.{copy}.safetensors"
 
 
 def snapshot(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -57,11 +59,11 @@ def snapshot(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def write_shard(
-    folder: str | Path, tp_rank: int, copy: str, state: dict[str, torch.Tensor]
+    folder: str | Path, tp_rank: int, copy: str, state: dict[str, torch.Tensor], save: str = ""
 ) -> dict[str, dict[str, Any]]:
-    """Writes one shard (tensors in main memory). Returns its manifest entry, {file: {sha256, bytes}}."""
+    """Writes one shard (tensors in main memory) of the save. Returns its manifest entry, {file: {sha256, bytes}}."""
     buffers = buffers_of({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
-    name = shard_name(tp_rank, copy)
+    name = shard_name(tp_rank, copy, save)
     sha256 = open_storage(folder).write(name, buffers)
     return {name: {"sha256": sha256, "bytes": sum(buffer.nbytes for buffer in buffers)}}
 
@@ -71,6 +73,12 @@ def begin(folder: str | Path) -> None:
     storage = open_storage(folder)
     storage.delete(MANIFEST)
     storage.delete("")
+
+
+def unseen(folder: str | Path, files: dict[str, dict[str, Any]]) -> str | None:
+    """The first of a manifest's `files` that this process does not see there in whole."""
+    storage = open_storage(folder)
+    return next((name for name, entry in files.items() if storage.size(name) != entry["bytes"]), None)
 
 
 def commit(folder: str | Path, manifest: dict[str, Any]) -> None:
@@ -178,9 +186,10 @@ def discard_uncommitted(folder: str | Path) -> None:
 
 
 def remove_all(folder: str | Path) -> None:
-    """Removes every checkpoint below `folder` and nothing else."""
+    """Removes every checkpoint below `folder`, whose the place was, and nothing else."""
     for step in steps(folder):
         begin(step_dir(folder, step))
+    open_storage(folder).delete(WRITER)
 
 
 def check_whole(folder: str | Path, largest: int) -> None:
@@ -253,5 +262,9 @@ def _bounds(folder: str | Path, manifest: dict[str, Any], copy: str) -> list[tup
 
 
 def _read_shard(folder: str | Path, manifest: dict[str, Any], tp_rank: int, copy: str) -> dict[str, torch.Tensor]:
-    name = shard_name(tp_rank, copy)
-    return tensors_from_bytes(open_storage(folder).read(name, manifest["files"][name]["sha256"]))
+    files = manifest["files"]
+    # Only the manifest knows which save wrote it; before saves had names, a shard's ended here.
+    name = next((name for name in files if name.split(".")[:2] == [f"rank-{tp_rank}", copy]), None)
+    if name is None:
+        raise UserError(f"{folder}: its {MANIFEST} lists no {shard_name(tp_rank, copy)}")
+    return tensors_from_bytes(open_storage(folder).read(name, files[name]["sha256"]))

@@ -7,6 +7,7 @@ committed checkpoint.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from sae_ray.placement import trainer_ask
 from sae_ray.reservation import Reservation, wait_placed
 from sae_ray.storage import absolute, aws_environment
 from sae_ray.trainer import checkpoint
+from sae_ray.trainer.claim import Claim
 from sae_ray.trainer.rank import TrainerRank, WindowResult
 from sae_ray.trainer.saving import Saving
 
@@ -126,28 +128,31 @@ class TrainerGroup:
 
     def begin_save(
         self,
-        folder: str | Path,
+        claim: Claim,
         step: int,
         cursor: tuple[int, int],
         extra: dict[str, Any] | None = None,
         pin: str | None = None,
     ) -> Saving:
-        """Snapshots all ranks, which then write `folder/step-N` while they train on; `Saving` commits it.
+        """Snapshots all ranks, which then write `step-N` at the claimed place while they train on; `Saving` commits it.
 
         Args:
             cursor: (window, batches trained in it), where a resumed run goes on.
             extra: JSON that comes back in the manifest.
             pin: a name; a pinned checkpoint is never pruned.
+        Raises:
+            UserError: somebody else has taken the place over; nothing was touched there.
         """
-        path = checkpoint.step_dir(folder, step)
+        path = checkpoint.step_dir(claim.home, step)
+        claim.check()
         checkpoint.begin(path)
-        reports = self._all(f"{path} to be snapshotted", "save", absolute(path))
+        reports = self._all(f"{path} to be snapshotted", "save", absolute(path), secrets.token_hex(4))
         about = {"step": step, "cursor": list(cursor), "pin": pin, "extra": extra or {}}
 
         def manifest(completed: list[dict[str, Any]]) -> dict[str, Any]:
             return checkpoint.manifest_of(self.config, self.widths[self.config.hook.name], completed, about)
 
-        return Saving(self, path, step, pin, reports, manifest, 3 * self.config.trainer.step_timeout_s)
+        return Saving(self, claim, path, step, pin, reports, manifest, 3 * self.config.trainer.step_timeout_s)
 
     def ask_writers(self, ranks: list[int], patience_s: float) -> list[ray.ObjectRef]:
         """One question to each of `ranks`: are its files written?"""
@@ -155,16 +160,17 @@ class TrainerGroup:
 
     def save_checkpoint(
         self,
-        folder: str | Path,
+        claim: Claim,
         step: int,
         cursor: tuple[int, int],
         extra: dict[str, Any] | None = None,
         pin: str | None = None,
     ) -> str | Path:
         """Like `begin_save`, but returns when it is committed and old checkpoints are pruned."""
-        saving = self.begin_save(folder, step, cursor, extra, pin)
+        saving = self.begin_save(claim, step, cursor, extra, pin)
         saving.wait()
-        checkpoint.prune(folder, self.config.trainer.keep_checkpoints)
+        claim.check()
+        checkpoint.prune(claim.home, self.config.trainer.keep_checkpoints)
         return saving.path
 
     def load_checkpoint(self, path: str | Path) -> dict[str, Any]:

@@ -239,8 +239,9 @@ class TrainerRank:
 
     # ----------------------------------------------------------------------------- checkpoints
 
-    def save(self, folder: str) -> dict[str, Any]:
-        """Snapshots this shard (all copies) and begins to write its files; training may go on at once.
+    def save(self, folder: str, save: str = "") -> dict[str, Any]:
+        """Snapshots this shard (all copies) and begins to write its files, named for the save; training may go on at
+        once.
 
         Returns {"copies", "latents", "tp_rank", "snapshot_seconds"}; the rest is asked of `written`.
         """
@@ -260,7 +261,7 @@ class TrainerRank:
             "copies": {name: self._about(name) for name in self.copies},
             "latents": {name: (trainer.first_latent, trainer.last_latent) for name, trainer in self.copies.items()},
             "tp_rank": self.mesh.tp_rank,
-            "snapshot_seconds": self._writer.start(folder, self.mesh.tp_rank, states),
+            "snapshot_seconds": self._writer.start(folder, self.mesh.tp_rank, states, save),
         }
 
     def written(self, patience_s: float) -> dict[str, Any] | None:

@@ -18,10 +18,14 @@ import ray
 from torch import Tensor
 
 from sae_ray.errors import UserError
+from sae_ray.storage import join
 from sae_ray.trainer import checkpoint
+from sae_ray.trainer.claim import Claim
 
 # How long a rank with nothing to train stands still for its writer, per question.
 PATIENCE_S = 0.1
+# How long what a rank has written may stay unseen here: NFS remembers for up to a minute that there was nothing.
+UNSEEN_S = 75.0
 
 
 class ShardWriter:
@@ -32,7 +36,7 @@ class ShardWriter:
         self._error: Exception | None = None
         self._report: dict[str, Any] = {}
 
-    def start(self, folder: str, tp_rank: int, states: dict[str, dict[str, Tensor]]) -> float:
+    def start(self, folder: str, tp_rank: int, states: dict[str, dict[str, Tensor]], save: str = "") -> float:
         """Snapshots `states` (copy name -> tensors) and begins to write. Returns the snapshot's seconds."""
         if self._thread is not None:
             self._thread.join()
@@ -40,7 +44,7 @@ class ShardWriter:
         snapshots = {name: checkpoint.snapshot(state) for name, state in states.items()}
         seconds = time.perf_counter() - began
         self._error, self._report = None, {"files": {}, "write_seconds": 0.0}
-        self._thread = threading.Thread(target=self._write, args=(folder, tp_rank, snapshots), daemon=True)
+        self._thread = threading.Thread(target=self._write, args=(folder, tp_rank, snapshots, save), daemon=True)
         self._thread.start()
         return seconds
 
@@ -58,11 +62,11 @@ class ShardWriter:
             raise self._error
         return self._report
 
-    def _write(self, folder: str, tp_rank: int, snapshots: dict[str, dict[str, Tensor]]) -> None:
+    def _write(self, folder: str, tp_rank: int, snapshots: dict[str, dict[str, Tensor]], save: str) -> None:
         began = time.perf_counter()
         try:
             for name in list(snapshots):
-                self._report["files"] |= checkpoint.write_shard(folder, tp_rank, name, snapshots.pop(name))
+                self._report["files"] |= checkpoint.write_shard(folder, tp_rank, name, snapshots.pop(name), save)
         except Exception as error:  # whatever it is, it is raised where the rank is asked
             self._error = error
         self._report["write_seconds"] = time.perf_counter() - began
@@ -79,12 +83,14 @@ class Saving:
     """One save in flight.
 
     Args:
+        claim: the run's right to commit here.
         reports: what `TrainerRank.save` returned on each rank.
         manifest: makes the manifest of the completed reports.
         limit_s: how long the ranks may write before the run says so.
     """
 
     group: _Group
+    claim: Claim
     path: str | Path
     step: int
     pin: str | None
@@ -94,6 +100,7 @@ class Saving:
     _began: float = field(default_factory=time.monotonic)
     _written: dict[int, dict[str, Any]] = field(default_factory=dict)
     _asked: dict[ray.ObjectRef, int] = field(default_factory=dict)
+    _completed: float | None = None  # when the last rank was done
 
     @property
     def age_s(self) -> float:
@@ -109,7 +116,8 @@ class Saving:
             idle: no window is in flight, so that a rank may wait for its writer.
         Raises:
             RankDied: a rank is gone; the save never counted.
-            UserError: what a rank could not write, or the time limit.
+            UserError: what a rank could not write, the time limit, files that lie where only a rank sees them, or
+                somebody else has taken the place over.
         """
         what = f"{self.path} to be written"
         done, _ = ray.wait(self.pending_refs(), num_returns=len(self._asked), timeout=0) if self._asked else ([], [])
@@ -118,7 +126,7 @@ class Saving:
             if (answer := self.group.take(what, ref)) is not None:
                 self._written[rank] = answer
         if len(self._written) == len(self.reports):
-            return self._commit()
+            return self._commit(idle)
         if time.monotonic() - self._began > self.limit_s:
             missing = len(self.reports) - len(self._written)
             raise UserError(f"{self.path}: {missing} ranks did not write their files within {self.limit_s:g} s")
@@ -133,12 +141,28 @@ class Saving:
             ray.wait(self.pending_refs(), timeout=1.0)
         return cost
 
-    def _commit(self) -> dict[str, Any]:
+    def _commit(self, idle: bool) -> dict[str, Any] | None:
         reports = [report | self._written[rank] for rank, report in enumerate(self.reports)]
         manifest = self.manifest(reports)
+        unseen = checkpoint.unseen(self.path, manifest["files"])
+        self.claim.check()  # before a missing file is blamed on the folder: who takes over removes files
+        if unseen is not None:
+            self._wait_for(unseen, idle)
+            return None
         checkpoint.commit(self.path, manifest)
         return {
             "snapshot_seconds": round(max(report["snapshot_seconds"] for report in reports), 4),
             "write_seconds": round(max(report["write_seconds"] for report in reports), 3),
             "bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
         }
+
+    def _wait_for(self, unseen: str, idle: bool) -> None:
+        """Once its time is over, a file is on another machine's disk: a manifest would commit what nobody can read."""
+        self._completed = self._completed or time.monotonic()
+        if time.monotonic() - self._completed >= UNSEEN_S:
+            raise UserError(
+                f"{join(self.path, unseen)}: a rank has written it, and it is not to be seen from here: this is not a "
+                "folder that all nodes share; set trainer.checkpoint_dir (or runs_dir) to one, or to s3://bucket/prefix"
+            )
+        if idle:
+            time.sleep(PATIENCE_S)

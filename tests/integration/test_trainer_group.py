@@ -17,6 +17,7 @@ from sae_ray.errors import UserError
 from sae_ray.reward.credit import RewardBatch
 from sae_ray.reward.evidence import ContextScan
 from sae_ray.trainer import checkpoint
+from sae_ray.trainer.claim import Claim
 from sae_ray.trainer.group import RankDied, TrainerGroup
 
 D_IN = 24
@@ -71,6 +72,12 @@ def blocks(ray_session: None) -> list[ray.ObjectRef]:
     return [ray.put(block(i)) for i in range(20)]
 
 
+def claimed(folder: Path) -> Claim:
+    claim = Claim(folder, "group")
+    claim.hold()
+    return claim
+
+
 def window(blocks: list[ray.ObjectRef], number: int) -> list[ray.ObjectRef]:
     return blocks[2 * number : 2 * number + 2]
 
@@ -100,7 +107,7 @@ def test_a_resumed_group_continues_the_same_losses_and_a_corrupt_shard_is_named(
         losses(group, blocks, range(1, 4))
         group.fork_control()
         losses(group, blocks, range(4, 5))
-        path = group.save_checkpoint(folder, 20, (5, 0), extra={"rounds_done": 1})
+        path = group.save_checkpoint(claimed(folder), 20, (5, 0), extra={"rounds_done": 1})
         expected = losses(group, blocks, range(5, 9))
         counts = active_contexts(group, window(blocks, 0))
         asked = [rank.scan.remote(window(blocks, 0), 32, [90, 3, 50]) for rank in group.rank_handles]
@@ -128,11 +135,11 @@ def test_a_resumed_group_continues_the_same_losses_and_a_corrupt_shard_is_named(
         with pytest.raises(UserError, match=r"block 77: 1 of 256 tokens .* at blocks\.0\.hook_resid_post"):
             group.window_result(group.train_window(9, 0, [ray.put(block(77, bad=True))]))
 
-        shard = path / "rank-1.main.safetensors"
+        (shard,) = path.glob("rank-1.main.*.safetensors")
         data = bytearray(shard.read_bytes())
         data[-1] ^= 1
         shard.write_bytes(data)
-        with pytest.raises(UserError, match=r"rank-1\.main\.safetensors.*corrupt"):
+        with pytest.raises(UserError, match=r"rank-1\.main\..*corrupt"):
             group.load_checkpoint(path)
     finally:
         group.stop()
@@ -144,7 +151,7 @@ def test_a_checkpoint_of_two_shards_trains_on_in_one_process(blocks, tmp_path):
     try:
         group.build(window(blocks, 0))
         losses(group, blocks, range(3))
-        path = group.save_checkpoint(folder, 12, (3, 0))
+        path = group.save_checkpoint(claimed(folder), 12, (3, 0))
         expected = losses(group, blocks, range(3, 5))
     finally:
         group.stop()
@@ -210,7 +217,7 @@ def test_rewards_move_main_and_not_control_and_survive_a_resume(blocks, tmp_path
         batch = reward_batch(ContextScan.merge(ray.get(asked, timeout=60)))
         reports = group.apply_rewards(batch, evidence)
         assert [report["installed"] for report in reports] == [True, True]
-        path = group.save_checkpoint(folder, 12, (3, 0))
+        path = group.save_checkpoint(claimed(folder), 12, (3, 0))
         result = group.window_result(group.train_window(3, 0, window(blocks, 3)))
         row = result.metrics[-1]
         assert row["credit_loss"] > 0
