@@ -34,9 +34,8 @@ from sae_ray.reward.evidence import (
     ContextScan,
     LatentPlan,
     PlannedVerdict,
-    Quota,
     choose_latents,
-    plan_latent,
+    make_plans,
 )
 from sae_ray.reward.history import UnitRows
 from sae_ray.reward.parts import OF_ROWS, OF_WHOLE_DECODER, Outcome, RewardParts
@@ -132,7 +131,8 @@ class RewardDesk:
         scan = await self._scan(ranks, evidence, self.carried.to_scan(latents))
         if self.carried.on:
             self.carried.begin(latents, scan, await self._unit_rows(ranks, scan.latents))
-        plans = make_plans(self.config, scan, number, latents)
+        # In a thread: over many contexts and latents this takes long, and `progress` is to answer meanwhile.
+        plans = await asyncio.to_thread(make_plans, self.config, scan, number, latents)
         self.judge.bind(texts, scan)
         decoder = await self._look_at_decoder(ranks, evidence, scan)
         chunks = asyncio.Semaphore(CHUNKS_AT_ONCE * self.config.judge.replicas_worth)
@@ -328,30 +328,6 @@ def finite(values: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: None if isinstance(value, float) and not np.isfinite(value) else value for key, value in values.items()
     }
-
-
-def make_plans(
-    config: RunConfig, scan: ContextScan, number: int | None = None, latents: np.ndarray | None = None
-) -> list[LatentPlan]:
-    """Plans for every latent that still has positives on both halves.
-
-    Args:
-        number: of the round, of which each draws its own texts where verdicts are kept; None: not one of the rounds.
-        latents: of those that were scanned; None: all.
-    """
-    settings = config.rlaif
-    quota = Quota(
-        settings.positives, settings.near_misses, settings.siblings, settings.randoms, settings.explainer_examples
-    )
-    draw = (config.seed, 10, number) if settings.keep_rounds and number is not None else None
-    wanted = range(len(scan.latents)) if latents is None else np.searchsorted(scan.latents, latents).tolist()
-    plans = [plan_latent(scan, column, quota, (config.seed, 9), draw) for column in wanted]
-    return [plan for plan in plans if _judgeable(plan)]
-
-
-def _judgeable(plan: LatentPlan) -> bool:
-    sides = {(verdict.select, verdict.kind == POSITIVE) for verdict in plan.verdicts}
-    return len(sides) == 4 and bool(plan.explainer)
 
 
 def reward_batch(
