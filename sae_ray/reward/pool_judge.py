@@ -11,6 +11,8 @@ import time
 from collections import Counter, deque
 from typing import Any, cast
 
+import numpy as np
+
 from sae_ray.config import RunConfig
 from sae_ray.errors import UserError
 from sae_ray.judge import explainer
@@ -29,6 +31,7 @@ from sae_ray.judge.verdict_cache import shared_cache
 from sae_ray.reward.contexts import ContextTexts
 from sae_ray.reward.evidence import ContextScan, LatentPlan
 from sae_ray.reward.rounds import Candidate
+from sae_ray.reward.verdict_cut import LEAST_RATE
 from sae_ray.storage import LocalStorage
 
 CALIBRATION_FILE = "calibration.json"
@@ -112,8 +115,9 @@ class PoolJudge:
 
     @property
     def rates(self) -> tuple[float, float]:
-        """(false positive, false negative) rate of a verdict taken at probability 1/2."""
-        return self.calibration.chosen.false_positive, self.calibration.chosen.false_negative
+        """(false positive, false negative) rate of a verdict taken at probability 1/2, as `reward_batch` takes it."""
+        false_positive, false_negative = np.clip(self.calibration.chosen.rates_at_half, LEAST_RATE, 1 - LEAST_RATE)
+        return float(false_positive), float(false_negative)
 
     def probability(self, explanation: str, raw: float) -> float:
         """Calibrated P(the explanation holds), the explanation's own level (`judge.levels`) taken out."""

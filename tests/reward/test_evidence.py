@@ -170,9 +170,7 @@ def test_versions_that_nearly_agree_are_judged_on_nearly_the_same_texts():
     act_CN = np.where(margin_CN > 0, margin_CN + 0.5, 0).astype(np.float32)
     other = ContextScan(scan.latents, act_CN, margin_CN, scan.token_CN)
     quota = Quota(12, 6, 6, 6, 0)
-    a, b = (
-        {(v.context, v.kind == POSITIVE) for v in plan_of(each, 1, quota, (5,)).verdicts} for each in (scan, other)
-    )
+    a, b = ({(v.context, v.kind == POSITIVE) for v in plan_of(each, 1, quota, (5,)).verdicts} for each in (scan, other))
     assert len(a & b) > 0.6 * len(a)
 
 
