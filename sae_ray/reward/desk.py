@@ -73,7 +73,8 @@ class RewardDesk:
         logs.start_actor(self.config, "desk")
         self.judge = PoolJudge(self.config)
         # Only an alarm that is asked for reads its verdicts before the evaluation.
-        self.heldout = PoolJudge(self.config, HELDOUT) if self.config.rlaif.alarms.asks_held_out else None
+        asked = self.config.rlaif.alarms.asks_held_out
+        self.heldout = PoolJudge(self.config, HELDOUT, beside=self.judge) if asked else None
         self.parts = RewardParts(self.config, self.judge, steering)
         self.bank = VerdictBank(LocalStorage(self.config.run_dir))
         self.applied = AppliedRounds(LocalStorage(self.config.run_dir))

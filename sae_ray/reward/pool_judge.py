@@ -27,7 +27,7 @@ from sae_ray.judge.metrics import added
 from sae_ray.judge.pool import JudgePool
 from sae_ray.judge.prompts import PROMPT_VERSION
 from sae_ray.judge.roles import SCORER, Role
-from sae_ray.judge.verdict_cache import shared_cache
+from sae_ray.judge.verdict_cache import VerdictCache, shared_cache
 from sae_ray.reward.contexts import ContextTexts
 from sae_ray.reward.evidence import ContextScan, LatentPlan
 from sae_ray.reward.rounds import Candidate
@@ -46,10 +46,12 @@ class PoolJudge:
 
     Args:
         role: who scores: the run's scorer, or its held-out judge, which must be configured then.
+        beside: another one of this process, whose verdict cache is used: a second one could only be read.
     """
 
-    def __init__(self, config: RunConfig, role: Role = SCORER):
-        self._config, self._role = config, role
+    def __init__(self, config: RunConfig, role: Role = SCORER, beside: PoolJudge | None = None):
+        self._config, self._role, self._beside = config, role, beside
+        self._cache: VerdictCache | None = None
         self._storage = LocalStorage(config.run_dir)
         self._asked: tuple[Judge, Judge] | None = None
         self._judge: Calibrated | None = None
@@ -62,6 +64,15 @@ class PoolJudge:
         self._background: Counter[str] = Counter()
         self._waiting = self._verdicts = self._parse_failures = 0
         self._answered: deque[tuple[float, int]] = deque()
+
+    @property
+    def cache(self) -> VerdictCache:
+        """What all runs below one folder have paid for."""
+        if self._beside is not None:
+            return self._beside.cache
+        if self._cache is None:
+            self._cache = shared_cache(self._config.runs_dir)
+        return self._cache
 
     @property
     def client(self) -> Judge:
@@ -77,7 +88,7 @@ class PoolJudge:
         if self._asked is None:
             # The held-out judge has nothing that could be asked before the evaluation starts it.
             config = self._config if self._role == HELDOUT else without_heldout(self._config)
-            clients = JudgePool(config).clients(shared_cache(self._config.runs_dir))
+            clients = JudgePool(config).clients(self.cache)
             own = clients[self._role]
             # Of the same judge a second client would ask twice as much at once.
             self._asked = own, clients["explainer"] if "explainer" in config.judges else own

@@ -261,6 +261,28 @@ def test_runs_below_one_folder_pay_for_a_verdict_once(servers, make_config):
     assert (hits, asked > 0) == (0, True)
 
 
+def test_two_judges_of_one_process_keep_what_both_were_paid_for(servers, make_config):
+    server, other = servers(), servers(models=("other",))
+    roles = {"heldout": {"endpoint": other.url, "endpoint_model": "other"}}
+    config = make_config(judge={"endpoint": server.url, "endpoint_model": "small"}, judges=roles)
+    tree = config.model_dump()
+    tree["rlaif"]["alarms"]["held_out"] = True
+    desk = RewardDesk(RunConfig.model_validate(tree).model_dump_json())
+    assert desk.heldout is not None
+
+    async def run() -> None:
+        pair = ("the train left the station", "train, station")
+        for judge in (desk.judge, desk.heldout):
+            before = len(judge.cache)
+            assert (await judge.client.score([pair], "likelihood"))[0] is not None
+            assert len(judge.cache) > before
+            await judge.client.aclose()
+
+    asyncio.run(run())
+    assert desk.judge.cache.writable
+    desk.judge.cache.close()
+
+
 @pytest.mark.parametrize(
     ("judge", "report"),
     [
