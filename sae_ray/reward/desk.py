@@ -183,11 +183,16 @@ class RewardDesk:
         self._last = AppliedRound(batch, -1, summary, memory)
         return summary, ray.put(batch)
 
-    def keep(self, number: int, at_step: int) -> None:
-        """Writes the round judged last into the run's folder: it has been installed after step `at_step`."""
+    def keep(self, number: int, at_step: int, committed_rounds: int = 0) -> None:
+        """Writes the round judged last into the run's folder: it has been installed after step `at_step`.
+
+        Args:
+            committed_rounds: those that the last checkpoint knows; what only earlier ones needed is removed.
+        """
         if self._last is None or self._last.batch.round != number:
             raise RuntimeError(f"round {number} is to be kept, and is not the one that was judged last")
         self.applied.write(replace(self._last, at_step=at_step))
+        self.carried.forget(committed_rounds)
 
     def progress(self) -> dict[str, Any]:
         """Live counters of the judging: queue, verdicts, verdicts per second while judging."""
