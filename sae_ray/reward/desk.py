@@ -42,7 +42,7 @@ from sae_ray.reward.parts import OF_ROWS, OF_WHOLE_DECODER, Outcome, RewardParts
 from sae_ray.reward.pool_judge import HELDOUT, PoolJudge, without_heldout
 from sae_ray.reward.rounds import Candidate, Choice, compete, detect, rewards_of
 from sae_ray.reward.verdict_cut import at_own_cuts
-from sae_ray.reward.watch import held_out_scores, told, watch
+from sae_ray.reward.watch import held_out_scores, told, unscanned, watch
 from sae_ray.storage import LocalStorage
 
 CHUNK_LATENTS = 8  # latents whose verdicts are committed together: what a crash can lose
@@ -135,6 +135,7 @@ class RewardDesk:
         # In a thread: over many contexts and latents this takes long, and `progress` is to answer meanwhile.
         plans = await asyncio.to_thread(make_plans, self.config, scan, number, latents)
         self.judge.bind(texts, scan)
+        followed = await self._scan_followed(number, ranks, evidence, scan)
         decoder = await self._look_at_decoder(ranks, evidence, scan)
         chunks = asyncio.Semaphore(CHUNKS_AT_ONCE * self.config.judge.replicas_worth)
 
@@ -164,6 +165,7 @@ class RewardDesk:
             batch,
             Outcome(scan, texts, [choice for chunk in judged for choice in chunk.choices], rewards, decoder),
             [reward for chunk in judged for reward in chunk.held_out],
+            followed,
         )
         credited = [reward for reward in rewards if reward.credit_weight > 0]
         summary = {
@@ -239,8 +241,20 @@ class RewardDesk:
             near="splitting" in needed,
         )
 
+    async def _scan_followed(
+        self, number: int, ranks: list[Any], evidence: list[ray.ObjectRef], scan: ContextScan
+    ) -> ContextScan | None:
+        """Of latents that the alarms follow and this round does not judge; None: there are none.
+
+        Apart from the round's own scan, in which they would be siblings to judge others against.
+        """
+        if not self.config.rlaif.alarms.enabled:
+            return None
+        latents = unscanned(self.applied.memory_before(number).get("alarms", {}), scan)
+        return await self._scan(ranks, evidence, latents) if len(latents) else None
+
     async def _weighed(
-        self, batch: RewardBatch, outcome: Outcome, held_out: Sequence[LatentReward]
+        self, batch: RewardBatch, outcome: Outcome, held_out: Sequence[LatentReward], followed: ContextScan | None
     ) -> tuple[RewardBatch, dict[str, Any], dict[str, Any]]:
         """(the batch with the parts' advantages and the alarms' factor, both for the log, and for the next round).
 
@@ -267,13 +281,15 @@ class RewardDesk:
             twins = None
             if alarms.duplicates and outcome.decoder is not None and outcome.decoder.whole_MO is not None:
                 twins = await asyncio.to_thread(duplicate_share, outcome.decoder.whole_MO)
-            report, memory["alarms"] = watch(
+            report, memory["alarms"] = await asyncio.to_thread(
+                watch,
                 alarms,
                 before.get("alarms", {}),
                 outcome.scan,
                 outcome.texts,
                 twins,
                 held_out_scores(outcome.rewards, held_out),
+                followed,
             )
             batch = replace(batch, gamma_factor=report.factor)
             about["alarms"] = {"state": report.state, "told": told(report), **finite(report.log())}

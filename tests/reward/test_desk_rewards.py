@@ -260,6 +260,25 @@ def test_alarms_are_in_the_summary_and_their_factor_is_in_the_batch(tmp_path):
     assert "rarity" in summary["alarms"]["told"]
 
 
+def test_alarms_follow_the_first_latents_when_others_are_judged_and_change_no_plan(tmp_path):
+    found = {}
+    for alarms in ({}, OFF):
+        world = World()
+        desk = make_desk(run_config(tmp_path / str(bool(alarms)), choose="random", latents=5, alarms=alarms))
+        _, first = judged(desk, world)
+        desk.keep(0, 11)
+        world.threshold_M[:] = 2.02  # many firings go
+        summary, second = judged(desk, world, 1)
+        found[bool(alarms)] = second
+        assert set(second.latents.tolist()) != set(first.latents.tolist())
+        if not alarms:
+            assert desk.applied.read(0).memory["alarms"]["latents"] == first.latents.tolist()
+            assert summary["alarms"]["alarm/rarity"] > 0.3
+            assert "not measured: rarity" not in summary["alarms"]["told"]
+    assert [rank.scan.calls for rank in world.ranks] == [2, 2], "without alarms nothing more is scanned"
+    same(dataclasses.replace(found[False], gamma_factor=1.0), found[True])
+
+
 def test_duplicates_are_counted_only_when_asked_for(tmp_path):
     world = World()
     summary, _ = judged(make_desk(run_config(tmp_path, alarms={"duplicates": True})), world)
