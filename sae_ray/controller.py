@@ -35,7 +35,7 @@ from sae_ray.measures import Measures
 from sae_ray.placement import trainer_ask
 from sae_ray.reservation import Reservation
 from sae_ray.reward.applied import AppliedRounds
-from sae_ray.reward.link import Calibrated, DeskLink, JudgedRound
+from sae_ray.reward.link import Calibrated, DeskDied, DeskLink, JudgedRound
 from sae_ray.reward.pool_judge import without_heldout
 from sae_ray.session import Deadline, Interrupt
 from sae_ray.storage import LocalStorage
@@ -71,7 +71,7 @@ class Controller:
         self.committed_step = 0
         self.saved_step = 0  # of the last snapshot: committed, or on its way
         self.saving: Saving | None = None
-        self.rounds_done = 0
+        self.rounds_done = self.saved_rounds = self.committed_rounds = 0  # applied, and in those snapshots
         self.generation = 0
         self.group: TrainerGroup
         self.pipeline: WindowPipeline
@@ -254,7 +254,7 @@ class Controller:
             },
             pin=pin,
         )
-        self.saved_step = self.submitted_step
+        self.saved_step, self.saved_rounds = self.submitted_step, self.rounds_done
         if pin:
             self._finish_save()
 
@@ -262,7 +262,7 @@ class Controller:
         """Commits the save in flight, if there is one and its files are written."""
         if self.saving is None or (cost := self.saving.pump(idle=not len(self.pipeline))) is None:
             return
-        self.committed_step, pin = self.saving.step, self.saving.pin
+        self.committed_step, self.committed_rounds, pin = self.saving.step, self.saved_rounds, self.saving.pin
         self.saving = None
         self.log.event("commit", step=self.committed_step, pin=pin, **cost)
         self.measures.committed()
@@ -308,7 +308,7 @@ class Controller:
         step, cursor, extra = manifest["step"], Cursor(*manifest["cursor"]), manifest["extra"]
         self.pipeline = WindowPipeline(self.config, self.group, cursor, step)
         self.committed_step = self.saved_step = self.status.step = step
-        self.rounds_done = extra["rounds_done"]
+        self.rounds_done = self.committed_rounds = extra["rounds_done"]
         self.status.rewards_applied, self.status.tokens = extra["rewards_applied"], extra["tokens"]
         self.stream.seek(cursor.window)
         self.log.event("resume", step=step, generation=self.generation)
@@ -336,8 +336,10 @@ class Controller:
         self.log.event("rank_died", error=str(died), generation=self.generation)
         limit = self.config.trainer.max_restarts
         if self.generation > limit:
-            raise UserError(f"trainer ranks died {self.generation} times (trainer.max_restarts = {limit}): {died}")
-        self.progress.say(f"a trainer rank died; building the group again from step {self.committed_step}")
+            told = f"the run was set back {self.generation} times (trainer.max_restarts = {limit})"
+            raise UserError(f"{told}: {died}; the same command resumes from the last commit")
+        who = "the reward desk" if isinstance(died, DeskDied) else "a trainer rank"
+        self.progress.say(f"{who} died; building the group again from step {self.committed_step}")
         self.desk.abandon_round()
         self.rates.restart()  # steps begin again further back
         self.saving = None  # it never counted
@@ -353,11 +355,9 @@ class Controller:
     def _wait_evidence(self) -> list[ray.ObjectRef]:
         ids = list(range(self.config.rlaif.evidence_blocks))
         limit = self.config.activations.lease_timeout_s * len(ids)
+        deadline = Deadline(limit, f"{len(ids)} evidence blocks from the producers")
         self.stream.fetch("evidence", ids)
-        self._wait_while(
-            lambda: not self.stream.fetched("evidence", ids),
-            Deadline(limit, f"{len(ids)} evidence blocks from the producers"),
-        )
+        self._wait_while(lambda: not self.stream.fetched("evidence", ids), deadline)
         return self.stream.fetched_refs("evidence", ids)
 
     def _wait_round(self, number: int) -> None:
@@ -379,7 +379,7 @@ class Controller:
             self.status.judge = f"{report['mode']} AUROC {report['auroc']:.2f}"
             return
         self._apply(answer.number, answer.summary, answer.batch)
-        self.desk.keep(answer.number, self.submitted_step)
+        self.desk.keep(answer.number, self.submitted_step, self.committed_rounds)
 
     def _apply(self, number: int, summary: dict[str, Any], batch: Any) -> None:
         """A round's rewards (or a reference to them) on every rank, behind all steps that were submitted."""

@@ -107,6 +107,10 @@ class ProducerPool:
         if (place := self._grown.pop(producer.slot, None)) is not None:
             place.release()
 
+    def overdue(self, now: float) -> list[Producer]:
+        """Not known to have started within `ray.wait_s`."""
+        return [producer for producer in self.starting.values() if now - producer.started > self._cfg.ray.wait_s]
+
     def late(self, now: float) -> list[Producer]:
         """Added beyond the first, and not started within `ray.wait_s`: the run goes on without them.
 
@@ -114,7 +118,7 @@ class ProducerPool:
             UserError: one of the first is late; says what it waits for.
         """
         limit = self._cfg.ray.wait_s
-        late = [producer for producer in self.starting.values() if now - producer.started > limit]
+        late = self.overdue(now)
         owed = [producer for producer in late if producer.slot not in self._grown]
         if owed:
             ask = replace(producer_ask(self._cfg.activations, 1), bundles=len(owed))

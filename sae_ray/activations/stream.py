@@ -129,11 +129,17 @@ class BlockStream:
     def pump(self, now: float) -> list[Event]:
         """Hand leases to producers with room, and end producers whose lease has timed out.
 
+        What came in time and was not looked at, because the caller was busy elsewhere, is taken first.
+
         Raises:
             UserError: producers died or hung more than `activations.max_restarts` times, or a restarted one
                 finds no place within `ray.wait_s`.
         """
-        events = []
+        events: list[Event] = []
+        if self._scheduler.expired(now) or self._pool.overdue(now):
+            pending = self.pending_refs()
+            for ref in ray.wait(pending, num_returns=len(pending), timeout=0, fetch_local=False)[0] if pending else []:
+                events += self.on_ready(ref, now)
         for worker, key in self._scheduler.expired(now):
             if (producer := self._pool.by_worker(worker)) is not None:
                 ray.kill(producer.actor)

@@ -87,7 +87,7 @@ class AlarmsConfig(Section):
     limits: dict[str, AlarmLimits] = Field(
         default_factory=dict, description="by alarm, where not reward.alarms.DEFAULT_LIMITS"
     )
-    reference_rounds: Positive = Field(2, description="first rounds, which later ones are compared with")
+    reference_rounds: Positive = Field(1, description="first rounds, which later ones are compared with")
     gap_tolerance: Annotated[float, Field(ge=0)] = Field(0.01, description="growth of the gap that is not suspicious")
     recovery: Annotated[float, Field(gt=0, le=1)] = Field(0.25, description="most that gamma's factor rises per round")
 

@@ -18,7 +18,6 @@ from sae_ray.activations.block import Block
 from sae_ray.config import RunConfig
 from sae_ray.judge.scores import mean_estimate, soft_f1
 from sae_ray.reward.contexts import ContextTexts
-from sae_ray.reward.desk import make_plans
 from sae_ray.reward.evidence import (
     POSITIVE,
     ContextLayout,
@@ -28,8 +27,10 @@ from sae_ray.reward.evidence import (
     choose_latents,
     density_matched_threshold,
     layout_contexts,
+    make_plans,
     plan_latent,
     scan_contexts,
+    sibling_columns,
 )
 from sae_ray.reward.pool_judge import PoolJudge
 from sae_ray.reward.rounds import Candidate, Choice, Detection, compete, detect
@@ -190,11 +191,12 @@ def _heldout_choices(config: RunConfig, scan: ContextScan, explanations: dict[in
     settings = config.evaluation
     per_kind = max(1, settings.negatives // 3)
     quota = Quota(settings.positives, per_kind, per_kind, settings.negatives - 2 * per_kind, explainer=0)
+    siblings = sibling_columns(scan, np.arange(len(scan.latents)))
     choices = []
     for column, latent in enumerate(scan.latents.tolist()):
         if latent not in explanations or (scan.act_CN[:, column] > 0).sum() < MIN_POSITIVES:
             continue
-        plan = plan_latent(scan, column, quota, (config.seed, 13))
+        plan = plan_latent(scan, column, siblings[column], quota, (config.seed, 13))
         verdicts = [replace(verdict, select=False) for verdict in plan.verdicts]
         choices.append(Choice(replace(plan, verdicts=verdicts), explanations[latent]))
     return choices

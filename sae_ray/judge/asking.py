@@ -305,14 +305,16 @@ class Judge(ABC):
     ) -> dict[str, Any] | None:
         attempt, backoff = 1, _FIRST_BACKOFF_S
         while True:
-            asked_to_wait = 0.0
+            asked_to_wait, limit = 0.0, asyncio.timeout(deadline - time.monotonic())
             try:
-                return await asyncio.wait_for(once(), deadline - time.monotonic())
-            except TimeoutError:
-                self.last_error = f"no answer within {self._cfg.deadline_s:g} s"
-                return None
+                async with limit:
+                    return await once()
             except Exception as error:
-                meaning = self._weigh(error)
+                if isinstance(error, TimeoutError) and limit.expired():
+                    self.last_error = f"no answer within {self._cfg.deadline_s:g} s"
+                    return None
+                # Any other timeout is an answer's own (a connection, a replica's call), and there is time left.
+                meaning = "again" if isinstance(error, TimeoutError) else self._weigh(error)
                 if meaning == "raise":
                     raise
                 self.last_error = _say(error)

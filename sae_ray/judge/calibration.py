@@ -50,6 +50,8 @@ class ModeCalibration:
 
     `false_positive` and `false_negative` are at `threshold`; `platt_a`, `platt_b` map a verdict to
     P(shows it) = sigmoid(a v + b) where both answers are equally common; `missing` counts unanswered items.
+    `even_false_positive` and `even_false_negative` are of verdicts that are yes from P = 1/2 on, which is not at
+    `threshold`; None in files of versions that did not measure them.
     `background` is the mean verdict of negatives: where a verdict stands when a text has nothing to do with it.
     `kinds`: the same on items of one kind ("lexical", "topical", "unnamed"), where there are enough of them.
     """
@@ -66,6 +68,16 @@ class ModeCalibration:
     missing: int
     seconds: float
     kinds: Mapping[str, ModeCalibration] = field(default_factory=dict)
+    even_false_positive: float | None = None
+    even_false_negative: float | None = None
+
+    @property
+    def rates_at_half(self) -> tuple[float, float]:
+        """(false positive, false negative) of verdicts taken at probability 1/2; at `threshold` if that is all there
+        is."""
+        if self.even_false_positive is None or self.even_false_negative is None:
+            return self.false_positive, self.false_negative
+        return self.even_false_positive, self.even_false_negative
 
     @property
     def balanced_accuracy(self) -> float:
@@ -187,6 +199,8 @@ def _measure(
     threshold = best_threshold(fit_pos, fit_neg)
     _, false_positive, false_negative = balanced_accuracy(held_pos, held_neg, threshold)
     a, b = platt(fit_pos, fit_neg)
+    # The map itself is asked, not its -b/a: it may lie flat, or fall.
+    yes_pos, yes_neg = ([a * verdict + b >= 0 for verdict in side] for side in (held_pos, held_neg))
     return ModeCalibration(
         mode,
         auroc(held_pos, held_neg),
@@ -199,6 +213,8 @@ def _measure(
         items=len(held_pos) + len(held_neg),
         missing=sum(v is None for v in verdicts),
         seconds=seconds,
+        even_false_positive=yes_neg.count(True) / len(yes_neg),
+        even_false_negative=yes_pos.count(False) / len(yes_pos),
     )
 
 

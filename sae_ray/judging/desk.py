@@ -102,7 +102,7 @@ class JudgingDesk:
         Args:
             texts: per class and latent.
         Returns:
-            Counters: latents, scores, missing, stderr of each latent's first score, cost.
+            Counters: latents, scores, missing, stderr of each latent's first score, cost; usage: of all batches so far.
         """
         began, before = time.monotonic(), self.usage()
         found = self.evidence[kind]
@@ -126,6 +126,7 @@ class JudgingDesk:
             "stderr": {score.latent: score.stderr for score in scores if score.scorer == first},
             "seconds": round(time.monotonic() - began, 3),
             "cost": {name: after[name] - before.get(name, 0.0) for name in after},
+            "usage": self.usage(),
             "drift": drift,
         }
 

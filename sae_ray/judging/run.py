@@ -194,7 +194,9 @@ def judge_sae(
                 storage.write("evidence.json", json.dumps(told, indent=1).encode())
                 stream.stop()
             pool.start()
-            desk = _actor(JudgingDesk, config.model_dump_json(), embedder, subject, endpoint_keys(config))
+            desk = _actor(
+                JudgingDesk, config.model_dump_json(), embedder, subject, endpoint_keys(config), batches=at_once(config)
+            )
             actors.append(desk)
             _wait_for_judges(pool, interrupt, progress.say)
             _judge(config, desk, budget, interrupt, progress, began, storage)
@@ -262,10 +264,34 @@ def _short(latents: list[int]) -> str:
     return ",".join(f"{first}:{end}" if end > first + 1 else str(first) for first, end in parts)
 
 
-def _actor(kind: type, *args: Any) -> Any:
+def at_once(config: RunConfig) -> int:
+    """Batches under way."""
+    return BATCHES_AT_ONCE * config.judge.replicas_worth
+
+
+def _actor(kind: type, *args: Any, batches: int = 0) -> Any:
+    """Args:
+    batches: that the actor has under way; it has room for other questions, `progress` for one, beside them.
+    """
     remote: Any = ray.remote(kind)
     environment = {"env_vars": aws_environment()}
-    return remote.options(num_cpus=0, max_concurrency=8, runtime_env=environment).remote(*args)
+    return remote.options(num_cpus=0, max_concurrency=8 + batches, runtime_env=environment).remote(*args)
+
+
+class _LastSeen:
+    """What an actor said last of how far it is. Asking never waits: one that is slow to answer is no reason to stop."""
+
+    def __init__(self, desk: Any):
+        self._desk = desk
+        self._asked: Any = None
+        self.answer: dict[str, Any] = {"state": "judging"}
+
+    def look(self) -> dict[str, Any]:
+        if self._asked is None:
+            self._asked = self._desk.progress.remote()
+        elif ray.wait([self._asked], timeout=0)[0]:
+            self.answer, self._asked = ray.get(self._asked), None
+        return self.answer
 
 
 def _wait_for_judges(pool: JudgePool, interrupt: Interrupt, say: Callable[[str], None]) -> None:
@@ -299,10 +325,10 @@ def _judge(
     started = time.monotonic()
     under_way: dict[ray.ObjectRef, tuple[Task, Deadline]] = {}
     cost: dict[str, float] = {}
-    at_once = BATCHES_AT_ONCE * config.judge.replicas_worth
+    seen = _LastSeen(desk)
     while True:
         stop = interrupt.requested or budget.spent(time.monotonic() - began, cost)
-        while not stop and len(under_way) < at_once and (task := schedule.next()) is not None:
+        while not stop and len(under_way) < at_once(config) and (task := schedule.next()) is not None:
             ref = desk.judge.remote(task[0], list(task[1]), task[2])
             under_way[ref] = (task, Deadline(config.judging.batch_timeout_s, f"{len(task[1])} {task[0]}s to be judged"))
         if not under_way:
@@ -314,13 +340,12 @@ def _judge(
             schedule.finished(task, outcome["stderr"])
             if outcome["drift"]:
                 progress.line(outcome["drift"])
-            cost = ray.get(desk.progress.remote())
-            about = {key: value for key, value in cost.items() if key != "state"}
-            about["seconds"] = time.monotonic() - started
+            cost = max(outcome["usage"], cost, key=computed_tokens)  # of batches that end together, the last one
+            about = {**cost, "seconds": time.monotonic() - started}
             storage.write(session, json.dumps(about, indent=1).encode())
         for _, deadline in under_way.values():
             deadline.check()
-        state = ray.get(desk.progress.remote(), timeout=60)
+        state = seen.look()
         progress.update(schedule.total - schedule.left, state["state"], computed_tokens(state), state)
     if interrupt.requested:
         raise RunInterrupted(f"stopped; {config.run_dir} holds what was judged; the same command goes on")

@@ -60,7 +60,7 @@ DEFAULT_LIMITS: dict[str, Limits] = {
 
 @dataclass(frozen=True)
 class Measured:
-    """What a round knows; None is missing and leaves that alarm as it was.
+    """What a round knows; None, or NaN for all latents, is missing and leaves that alarm as it was.
 
     train_score, held_out_score: mean scores of the same latents' explanations by either judge, or any measure that is
     the same in all rounds. gap_error: standard error of their difference, paired over latents. entropy_M: of each
@@ -142,8 +142,7 @@ class HackAlarms:
         }
         alarms = []
         for name, value in values.items():
-            if value is not None:
-                self._take_in(name, value)
+            missing = value is None or not self._take_in(name, value)
             severity = self._severity.get(name, math.nan)
             limits = self.limits[name]
             known = math.isfinite(severity)
@@ -154,7 +153,7 @@ class HackAlarms:
                     severity,
                     limits,
                     limits.factor(severity) if known else 1.0,
-                    value is None,
+                    missing,
                 )
             )
         self._stopped = self._stopped or any(alarm.state == "stop" for alarm in alarms)
@@ -190,8 +189,11 @@ class HackAlarms:
             return None
         return np.array([train - held_out, max(error, 1e-9)])
 
-    def _take_in(self, name: str, value: Any) -> None:
+    def _take_in(self, name: str, value: Any) -> bool:
+        """Whether that told anything: no latent that is known, now or in the reference, is no news and no reference."""
         reference = self._references[name]
+        if np.isnan(value).all():
+            return False
         if len(reference) < self._reference_rounds:
             reference.append(value)
             self._severity[name] = 0.0
@@ -201,18 +203,21 @@ class HackAlarms:
         elif name == DUPLICATES:
             self._severity[name] = float(value) - float(np.mean(reference))
         elif name == FIRING_ENTROPY:
-            self._keep(name, median_fall(reference_mean(reference), value))
+            return self._keep(name, median_fall(reference_mean(reference), value))
         else:
             then_M = reference_mean(reference)
             with np.errstate(divide="ignore", invalid="ignore"):
                 # A latent that has died has become infinitely rare; one that never fired says nothing.
                 then_M, now_M = np.log(np.where(then_M > 0, then_M, np.nan)), np.log(value)
-            self._keep(name, median_fall(then_M, now_M))
+            return self._keep(name, median_fall(then_M, now_M))
+        return True
 
-    def _keep(self, name: str, severity: float) -> None:
+    def _keep(self, name: str, severity: float) -> bool:
         """NaN: no latent can be compared, so nothing is known anew. Infinity is a stop."""
-        if not math.isnan(severity):
-            self._severity[name] = min(severity, 1e6)
+        if math.isnan(severity):
+            return False
+        self._severity[name] = min(severity, 1e6)
+        return True
 
 
 def gap_evidence(gap: np.ndarray, reference: np.ndarray, tolerance: float) -> float:

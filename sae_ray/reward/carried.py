@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from sae_ray.config import RLAIFConfig
+from sae_ray.reward import history, verdict_memory
 from sae_ray.reward.choosing import choose_by_value
 from sae_ray.reward.credit import RewardBatch
 from sae_ray.reward.evidence import ContextScan
@@ -131,6 +132,20 @@ class CarriedOver:
         self.history.update(measured, self._kept, now, scan)
         self.history.save(self._storage, self._number)
         return joined
+
+    def forget(self, committed_rounds: int) -> None:
+        """Removes what no round will ask for, also after a crash, which goes back to the first that is not committed.
+
+        Several rounds may lie between two commits: the newest round's own number says nothing of that.
+        """
+        for file, before in (
+            (history.FILE, committed_rounds - 1),
+            (verdict_memory.FILE, committed_rounds - self._config.keep_rounds),
+        ):
+            for number in range(before - 1, -1, -1):
+                if not self._storage.exists(file.format(number)):
+                    break
+                self._storage.delete(file.format(number))
 
     def summary(self) -> dict[str, Any]:
         """Counts for the round's entry in the log; empty where nothing is carried over."""

@@ -34,16 +34,15 @@ from sae_ray.reward.evidence import (
     ContextScan,
     LatentPlan,
     PlannedVerdict,
-    Quota,
     choose_latents,
-    plan_latent,
+    make_plans,
 )
 from sae_ray.reward.history import UnitRows
 from sae_ray.reward.parts import OF_ROWS, OF_WHOLE_DECODER, Outcome, RewardParts
 from sae_ray.reward.pool_judge import HELDOUT, PoolJudge, without_heldout
 from sae_ray.reward.rounds import Candidate, Choice, compete, detect, rewards_of
 from sae_ray.reward.verdict_cut import at_own_cuts
-from sae_ray.reward.watch import held_out_scores, told, watch
+from sae_ray.reward.watch import held_out_scores, told, unscanned, watch
 from sae_ray.storage import LocalStorage
 
 CHUNK_LATENTS = 8  # latents whose verdicts are committed together: what a crash can lose
@@ -74,7 +73,8 @@ class RewardDesk:
         logs.start_actor(self.config, "desk")
         self.judge = PoolJudge(self.config)
         # Only an alarm that is asked for reads its verdicts before the evaluation.
-        self.heldout = PoolJudge(self.config, HELDOUT) if self.config.rlaif.alarms.asks_held_out else None
+        asked = self.config.rlaif.alarms.asks_held_out
+        self.heldout = PoolJudge(self.config, HELDOUT, beside=self.judge) if asked else None
         self.parts = RewardParts(self.config, self.judge, steering)
         self.bank = VerdictBank(LocalStorage(self.config.run_dir))
         self.applied = AppliedRounds(LocalStorage(self.config.run_dir))
@@ -132,8 +132,10 @@ class RewardDesk:
         scan = await self._scan(ranks, evidence, self.carried.to_scan(latents))
         if self.carried.on:
             self.carried.begin(latents, scan, await self._unit_rows(ranks, scan.latents))
-        plans = make_plans(self.config, scan, number, latents)
+        # In a thread: over many contexts and latents this takes long, and `progress` is to answer meanwhile.
+        plans = await asyncio.to_thread(make_plans, self.config, scan, number, latents)
         self.judge.bind(texts, scan)
+        followed = await self._scan_followed(number, ranks, evidence, scan)
         decoder = await self._look_at_decoder(ranks, evidence, scan)
         chunks = asyncio.Semaphore(CHUNKS_AT_ONCE * self.config.judge.replicas_worth)
 
@@ -163,6 +165,7 @@ class RewardDesk:
             batch,
             Outcome(scan, texts, [choice for chunk in judged for choice in chunk.choices], rewards, decoder),
             [reward for chunk in judged for reward in chunk.held_out],
+            followed,
         )
         credited = [reward for reward in rewards if reward.credit_weight > 0]
         summary = {
@@ -182,11 +185,16 @@ class RewardDesk:
         self._last = AppliedRound(batch, -1, summary, memory)
         return summary, ray.put(batch)
 
-    def keep(self, number: int, at_step: int) -> None:
-        """Writes the round judged last into the run's folder: it has been installed after step `at_step`."""
+    def keep(self, number: int, at_step: int, committed_rounds: int = 0) -> None:
+        """Writes the round judged last into the run's folder: it has been installed after step `at_step`.
+
+        Args:
+            committed_rounds: those that the last checkpoint knows; what only earlier ones needed is removed.
+        """
         if self._last is None or self._last.batch.round != number:
             raise RuntimeError(f"round {number} is to be kept, and is not the one that was judged last")
         self.applied.write(replace(self._last, at_step=at_step))
+        self.carried.forget(committed_rounds)
 
     def progress(self) -> dict[str, Any]:
         """Live counters of the judging: queue, verdicts, verdicts per second while judging."""
@@ -233,8 +241,20 @@ class RewardDesk:
             near="splitting" in needed,
         )
 
+    async def _scan_followed(
+        self, number: int, ranks: list[Any], evidence: list[ray.ObjectRef], scan: ContextScan
+    ) -> ContextScan | None:
+        """Of latents that the alarms follow and this round does not judge; None: there are none.
+
+        Apart from the round's own scan, in which they would be siblings to judge others against.
+        """
+        if not self.config.rlaif.alarms.enabled:
+            return None
+        latents = unscanned(self.applied.memory_before(number).get("alarms", {}), scan)
+        return await self._scan(ranks, evidence, latents) if len(latents) else None
+
     async def _weighed(
-        self, batch: RewardBatch, outcome: Outcome, held_out: Sequence[LatentReward]
+        self, batch: RewardBatch, outcome: Outcome, held_out: Sequence[LatentReward], followed: ContextScan | None
     ) -> tuple[RewardBatch, dict[str, Any], dict[str, Any]]:
         """(the batch with the parts' advantages and the alarms' factor, both for the log, and for the next round).
 
@@ -261,13 +281,15 @@ class RewardDesk:
             twins = None
             if alarms.duplicates and outcome.decoder is not None and outcome.decoder.whole_MO is not None:
                 twins = await asyncio.to_thread(duplicate_share, outcome.decoder.whole_MO)
-            report, memory["alarms"] = watch(
+            report, memory["alarms"] = await asyncio.to_thread(
+                watch,
                 alarms,
                 before.get("alarms", {}),
                 outcome.scan,
                 outcome.texts,
                 twins,
                 held_out_scores(outcome.rewards, held_out),
+                followed,
             )
             batch = replace(batch, gamma_factor=report.factor)
             about["alarms"] = {"state": report.state, "told": told(report), **finite(report.log())}
@@ -328,30 +350,6 @@ def finite(values: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: None if isinstance(value, float) and not np.isfinite(value) else value for key, value in values.items()
     }
-
-
-def make_plans(
-    config: RunConfig, scan: ContextScan, number: int | None = None, latents: np.ndarray | None = None
-) -> list[LatentPlan]:
-    """Plans for every latent that still has positives on both halves.
-
-    Args:
-        number: of the round, of which each draws its own texts where verdicts are kept; None: not one of the rounds.
-        latents: of those that were scanned; None: all.
-    """
-    settings = config.rlaif
-    quota = Quota(
-        settings.positives, settings.near_misses, settings.siblings, settings.randoms, settings.explainer_examples
-    )
-    draw = (config.seed, 10, number) if settings.keep_rounds and number is not None else None
-    wanted = range(len(scan.latents)) if latents is None else np.searchsorted(scan.latents, latents).tolist()
-    plans = [plan_latent(scan, column, quota, (config.seed, 9), draw) for column in wanted]
-    return [plan for plan in plans if _judgeable(plan)]
-
-
-def _judgeable(plan: LatentPlan) -> bool:
-    sides = {(verdict.select, verdict.kind == POSITIVE) for verdict in plan.verdicts}
-    return len(sides) == 4 and bool(plan.explainer)
 
 
 def reward_batch(

@@ -14,7 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from sae_ray.config import RunConfig
+
 POSITIVE, NEAR_MISS, SIBLING, RANDOM = "positive", "near_miss", "sibling", "random"
+COLUMNS_AT_ONCE = 512  # of correlations: no square of all scanned latents is ever held
 
 
 @dataclass(frozen=True)
@@ -155,8 +158,41 @@ class Quota:
     explainer: int
 
 
+def make_plans(
+    config: RunConfig, scan: ContextScan, number: int | None = None, latents: np.ndarray | None = None
+) -> list[LatentPlan]:
+    """Plans for every latent that still has positives on both halves.
+
+    Args:
+        number: of the round, of which each draws its own texts where verdicts are kept; None: not one of the rounds.
+        latents: of those that were scanned; None: all.
+    """
+    settings = config.rlaif
+    quota = Quota(
+        settings.positives, settings.near_misses, settings.siblings, settings.randoms, settings.explainer_examples
+    )
+    draw = (config.seed, 10, number) if settings.keep_rounds and number is not None else None
+    wanted = np.arange(len(scan.latents)) if latents is None else np.searchsorted(scan.latents, latents)
+    siblings = sibling_columns(scan, wanted) if quota.siblings else [None] * len(wanted)
+    plans = [
+        plan_latent(scan, column, sibling, quota, (config.seed, 9), draw)
+        for column, sibling in zip(wanted.tolist(), siblings, strict=True)
+    ]
+    return [plan for plan in plans if _judgeable(plan)]
+
+
+def _judgeable(plan: LatentPlan) -> bool:
+    sides = {(verdict.select, verdict.kind == POSITIVE) for verdict in plan.verdicts}
+    return len(sides) == 4 and bool(plan.explainer)
+
+
 def plan_latent(
-    scan: ContextScan, column: int, quota: Quota, seed: tuple[int, ...], draw: tuple[int, ...] | None = None
+    scan: ContextScan,
+    column: int,
+    sibling: int | None,
+    quota: Quota,
+    seed: tuple[int, ...],
+    draw: tuple[int, ...] | None = None,
 ) -> LatentPlan:
     """Chooses the explainer's examples and the contexts that one latent is judged on.
 
@@ -168,7 +204,11 @@ def plan_latent(
     active in nearly the same contexts are judged on nearly the same texts, so that differences between them are
     not drowned by the draw. Keys of random contexts are shared by all latents: the judge reads each text once.
 
+    Weights sum to all contexts with a kept token: a kind that is not asked for is no stratum of its own, and its
+    contexts are among the random ones.
+
     Args:
+        sibling: the scanned latent that responds most alike, see `sibling_columns`; None: there is none.
         draw: a seed of the judged contexts' own, another one in each round: verdicts on other texts are what a round
             can add. One half of a latent's active contexts, the same in every round, is then for explainers and the
             other for judges, so that no round judges what an explainer of another has seen.
@@ -190,9 +230,10 @@ def plan_latent(
 
     inactive = np.flatnonzero((act_C == 0) & np.isfinite(margin_C))
     by_margin = inactive[np.argsort(-margin_C[inactive], kind="stable")]
-    near_pool = by_margin[: max(4 * quota.near_misses, len(inactive) // 20)]
+    near_pool = by_margin[: max(4 * quota.near_misses, len(inactive) // 20) if quota.near_misses else 0]
     near = _lowest(near_pool, quota.near_misses, own_C)
-    sibling_pool = np.setdiff1d(np.intersect1d(_sibling_contexts(scan, column), inactive), near_pool)
+    of_sibling = np.flatnonzero(scan.act_CN[:, sibling] > 0) if quota.siblings and sibling is not None else near_pool
+    sibling_pool = np.setdiff1d(np.intersect1d(of_sibling, inactive), near_pool)
     siblings = _lowest(sibling_pool, quota.siblings, own_C)
     far_pool = np.setdiff1d(inactive, np.concatenate([near_pool, sibling_pool]))
     randoms = _lowest(far_pool, quota.randoms, shared_C)
@@ -231,17 +272,24 @@ def _lowest(pool: np.ndarray, n: int, key_C: np.ndarray) -> np.ndarray:
     return pool[np.argsort(key_C[pool], kind="stable")[:n]]
 
 
-def _sibling_contexts(scan: ContextScan, column: int) -> np.ndarray:
-    """Contexts where the scanned latent with the most correlated margins is active."""
-    if scan.margin_CN.shape[1] < 2:
-        return np.empty(0, dtype=np.int64)
-    finite = np.isfinite(scan.margin_CN).all(axis=1)
-    margins = scan.margin_CN[finite]
-    centred = margins - margins.mean(0)
-    norm = np.linalg.norm(centred, axis=0) + 1e-9
-    correlation = (centred.T @ centred[:, column]) / (norm * norm[column])
-    correlation[column] = -np.inf
-    return np.flatnonzero(scan.act_CN[:, int(correlation.argmax())] > 0)
+def sibling_columns(scan: ContextScan, columns: np.ndarray) -> list[int | None]:
+    """For each of these columns, the column whose margins correlate most with its own; None where it is alone.
+
+    Margins are centred once for all, not once for each latent: this is all that a round does which grows with the
+    square of its latents.
+    """
+    if len(scan.latents) < 2:
+        return [None] * len(columns)
+    unit_CN = scan.margin_CN[np.isfinite(scan.margin_CN).all(axis=1)]
+    unit_CN -= unit_CN.mean(0)
+    unit_CN /= np.linalg.norm(unit_CN, axis=0) + 1e-9
+    found: list[int | None] = []
+    for start in range(0, len(columns), COLUMNS_AT_ONCE):
+        some = columns[start : start + COLUMNS_AT_ONCE]
+        correlation_Nn = unit_CN.T @ unit_CN[:, some]
+        correlation_Nn[some, np.arange(len(some))] = -np.inf
+        found += correlation_Nn.argmax(0).tolist()
+    return found
 
 
 def density_matched_threshold(pre_CN: np.ndarray, n_active: np.ndarray) -> np.ndarray:

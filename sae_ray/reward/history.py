@@ -158,8 +158,6 @@ class LatentHistory:
         storage.write(
             FILE.format(number), buffers_of({name: torch.from_numpy(array) for name, array in arrays.items()})
         )
-        if number > 1:
-            storage.delete(FILE.format(number - 2))
 
     @classmethod
     def load(cls, storage: Storage, number: int) -> LatentHistory:

@@ -2,6 +2,9 @@
 
 Like `BlockStream` for producers and `WindowPipeline` for ranks: the controller waits on `pending_refs()` with
 everything else and hands what is ready to `on_ready`. Nothing here blocks, but for the small file of `keep`.
+
+A desk that dies ends the generation, as a rank does: what it knew and had not written is judged again from the last
+commit, by a new desk, and comes out the same.
 """
 
 from __future__ import annotations
@@ -21,6 +24,10 @@ from sae_ray.session import Deadline
 from sae_ray.trainer.group import RankDied
 
 JUDGE_POLL_S = 2.0
+
+
+class DeskDied(RankDied):
+    """The desk's process or its node is gone."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +100,14 @@ class DeskLink:
             if actor is not None:
                 ray.kill(actor)
         self._desk = self._steering = self._calibration = self._round = self._asked = None
+        self.calibrated = False
 
     def pump(self) -> None:
         """Starts the calibration once all judges serve, and refreshes the counters.
 
         Raises:
             UserError: a judge's deployment failed, or a round is overdue.
+            DeskDied: while something is asked of it.
         """
         if self._desk is None:
             return
@@ -110,9 +119,15 @@ class DeskLink:
         if self._asked is None:
             self._asked = self._desk.progress.remote()
         elif ray.wait([self._asked], timeout=0)[0]:
-            self.counters, self._asked = self._value(self._asked, "the reward desk"), None
-        if self._round is not None:
-            self._round.deadline.check()
+            wanted = not self.calibrated or bool(self.pending_refs())
+            try:
+                self.counters, self._asked = self._value(self._asked, "the reward desk"), None
+            except DeskDied:
+                if wanted:  # else whoever opens the next round hears of it, if anybody does
+                    raise
+        # One that is judged is not overdue, however late the controller looks.
+        if (late := self._round) is not None and not late.deadline.left_s and not ray.wait([late.ref], timeout=0)[0]:
+            late.deadline.check()
 
     def pending_refs(self) -> list[ray.ObjectRef]:
         refs = [self._calibration, self._round.ref if self._round is not None else None]
@@ -126,7 +141,7 @@ class DeskLink:
 
         Raises:
             UserError: the judge is at chance, has changed or answers nothing, or no latent could be judged.
-            RankDied: a rank that the round was scanning is gone, or a node with the evidence.
+            RankDied: a rank that the round was scanning is gone, a node with the evidence, or the desk itself.
         """
         if ref == self._calibration:
             self._calibration = None
@@ -139,18 +154,29 @@ class DeskLink:
         return JudgedRound(number, summary, batch)
 
     def open_round(self, number: int, step: int, ranks: list[Any], evidence: list[ray.ObjectRef]) -> None:
-        """Requests a round on the SAE as the ranks hold it after `step`."""
+        """Requests a round on the SAE as the ranks hold it after `step`.
+
+        Raises:
+            DeskDied: since the last round.
+        """
+        if self._desk is None:
+            raise DeskDied(f"the reward desk died before round {number}")
         ref = self._desk.judge_round.remote(number, step, ranks, evidence)
         deadline = Deadline(self._config.rlaif.round_timeout_s, f"judging round {number}")
         self._round = _OpenRound(number, ref, deadline, step, time.monotonic())
 
-    def keep(self, number: int, at_step: int) -> None:
+    def keep(self, number: int, at_step: int, committed_rounds: int) -> None:
         """The desk writes the rewards of a round that has been applied; returns when they are on disk.
 
+        Args:
+            committed_rounds: those that the last checkpoint knows: a crash goes back to the one after them.
         Raises:
             UserError: they cannot be written.
+            DeskDied: before they were.
         """
-        self._value(self._desk.keep.remote(number, at_step), f"the rewards of round {number}")
+        if self._desk is None:
+            raise DeskDied(f"the reward desk died before the rewards of round {number} were written")
+        self._value(self._desk.keep.remote(number, at_step, committed_rounds), f"the rewards of round {number}")
 
     def abandon_round(self) -> None:
         """Forgets an open round whose ranks are gone. What it banked stays, so asking again is cheap."""
@@ -158,8 +184,7 @@ class DeskLink:
             ray.cancel(self._round.ref)
             self._round = None
 
-    @staticmethod
-    def _value(ref: ray.ObjectRef, what: str) -> Any:
+    def _value(self, ref: ray.ObjectRef, what: str) -> Any:
         try:
             return ray.get(ref, timeout=60)
         except ray.exceptions.RayTaskError as error:
@@ -168,3 +193,6 @@ class DeskLink:
             if isinstance(error.cause, (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError)):
                 raise RankDied(f"{what}: {error.cause}") from error
             raise RuntimeError(f"{what} failed: {error}") from error
+        except ray.exceptions.RayActorError as error:
+            self.stop()  # the controller starts another with the next generation
+            raise DeskDied(f"the reward desk died ({what}): {' '.join(str(error).split())}") from error

@@ -11,6 +11,8 @@ import time
 from collections import Counter, deque
 from typing import Any, cast
 
+import numpy as np
+
 from sae_ray.config import RunConfig
 from sae_ray.errors import UserError
 from sae_ray.judge import explainer
@@ -25,10 +27,11 @@ from sae_ray.judge.metrics import added
 from sae_ray.judge.pool import JudgePool
 from sae_ray.judge.prompts import PROMPT_VERSION
 from sae_ray.judge.roles import SCORER, Role
-from sae_ray.judge.verdict_cache import shared_cache
+from sae_ray.judge.verdict_cache import VerdictCache, shared_cache
 from sae_ray.reward.contexts import ContextTexts
 from sae_ray.reward.evidence import ContextScan, LatentPlan
 from sae_ray.reward.rounds import Candidate
+from sae_ray.reward.verdict_cut import LEAST_RATE
 from sae_ray.storage import LocalStorage
 
 CALIBRATION_FILE = "calibration.json"
@@ -43,10 +46,12 @@ class PoolJudge:
 
     Args:
         role: who scores: the run's scorer, or its held-out judge, which must be configured then.
+        beside: another one of this process, whose verdict cache is used: a second one could only be read.
     """
 
-    def __init__(self, config: RunConfig, role: Role = SCORER):
-        self._config, self._role = config, role
+    def __init__(self, config: RunConfig, role: Role = SCORER, beside: PoolJudge | None = None):
+        self._config, self._role, self._beside = config, role, beside
+        self._cache: VerdictCache | None = None
         self._storage = LocalStorage(config.run_dir)
         self._asked: tuple[Judge, Judge] | None = None
         self._judge: Calibrated | None = None
@@ -59,6 +64,15 @@ class PoolJudge:
         self._background: Counter[str] = Counter()
         self._waiting = self._verdicts = self._parse_failures = 0
         self._answered: deque[tuple[float, int]] = deque()
+
+    @property
+    def cache(self) -> VerdictCache:
+        """What all runs below one folder have paid for."""
+        if self._beside is not None:
+            return self._beside.cache
+        if self._cache is None:
+            self._cache = shared_cache(self._config.runs_dir)
+        return self._cache
 
     @property
     def client(self) -> Judge:
@@ -74,7 +88,7 @@ class PoolJudge:
         if self._asked is None:
             # The held-out judge has nothing that could be asked before the evaluation starts it.
             config = self._config if self._role == HELDOUT else without_heldout(self._config)
-            clients = JudgePool(config).clients(shared_cache(self._config.runs_dir))
+            clients = JudgePool(config).clients(self.cache)
             own = clients[self._role]
             # Of the same judge a second client would ask twice as much at once.
             self._asked = own, clients["explainer"] if "explainer" in config.judges else own
@@ -112,8 +126,9 @@ class PoolJudge:
 
     @property
     def rates(self) -> tuple[float, float]:
-        """(false positive, false negative) rate of a verdict taken at probability 1/2."""
-        return self.calibration.chosen.false_positive, self.calibration.chosen.false_negative
+        """(false positive, false negative) rate of a verdict taken at probability 1/2, as `reward_batch` takes it."""
+        false_positive, false_negative = np.clip(self.calibration.chosen.rates_at_half, LEAST_RATE, 1 - LEAST_RATE)
+        return float(false_positive), float(false_negative)
 
     def probability(self, explanation: str, raw: float) -> float:
         """Calibrated P(the explanation holds), the explanation's own level (`judge.levels`) taken out."""

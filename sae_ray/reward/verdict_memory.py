@@ -140,13 +140,10 @@ class VerdictMemory:
     # ------------------------------------------------------------------ files
 
     def save(self, storage: Storage) -> None:
-        """Writes the newest round, and removes what no later one will ask for."""
+        """Writes the newest round."""
         now = self.kept[-1]
         tensors = {f.name: torch.from_numpy(np.ascontiguousarray(getattr(now, f.name))) for f in fields(now)}
         storage.write(FILE.format(now.number), buffers_of(tensors))
-        # This round may be asked again, and then asks for as many before it.
-        if now.number > self._rounds:
-            storage.delete(FILE.format(now.number - self._rounds - 1))
 
     def load(self, storage: Storage, number: int) -> None:
         """As it was when round `number` was to be judged; what was not saved is left out."""

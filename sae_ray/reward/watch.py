@@ -1,12 +1,13 @@
 """What the hack alarms are told about a round, and what becomes of gamma.
 
-Of the judged latents, which are scanned anyway: the share of evidence contexts in which each fires, and the entropy of
+Of the latents judged first: the share of evidence contexts in which each fires, and the entropy of
 the token ids on which it fires (the strongest token of each such context). The evidence is the same in every round, so
 both are compared on the same texts. The entropy is the expected one of FIRINGS firings drawn from a latent's: of all of
-them it would fall with their number, and tell of rarity a second time. A latent that is not scanned any more is
-missing, one that fires nowhere is rare.
+them it would fall with their number, and tell of rarity a second time. A latent that is not scanned is missing, one
+that fires nowhere is rare.
 
-The latents of the first round watched are the ones that are followed; what they were like is kept with the round.
+The latents of the first round watched are the ones that are followed; what they were like is kept with the round. Those
+that a later round does not judge are scanned all the same (`unscanned`).
 
 Suffixes: N followed latents, C contexts.
 """
@@ -20,12 +21,24 @@ from typing import Any
 import numpy as np
 
 from sae_ray.config import AlarmsConfig
-from sae_ray.reward.alarms import AlarmReport, HackAlarms, Limits, Measured
+from sae_ray.reward.alarms import FIRING_ENTROPY, RARITY, AlarmReport, HackAlarms, Limits, Measured
 from sae_ray.reward.composition import LatentReward
 from sae_ray.reward.contexts import ContextTexts
 from sae_ray.reward.evidence import ContextScan
 
 FIRINGS = 8
+
+
+ALWAYS_MEASURED = (FIRING_ENTROPY, RARITY)  # the other alarms must be asked for
+
+
+def unscanned(state: Mapping[str, Any], scan: ContextScan) -> np.ndarray:
+    """Latents that are followed and not in `scan`, int64, ascending.
+
+    Args:
+        state: as for `watch`.
+    """
+    return np.setdiff1d(np.array(state.get("latents", []), dtype=np.int64), scan.latents)
 
 
 def watch(
@@ -35,11 +48,13 @@ def watch(
     texts: ContextTexts,
     duplicate_share: float | None = None,
     scores: tuple[float, float, float] | None = None,
+    also: ContextScan | None = None,
 ) -> tuple[AlarmReport, dict[str, Any]]:
     """Takes in one round.
 
     Args:
         state: as the round before left it; empty before the first.
+        also: a scan of followed latents that are not in `scan`, which is of those that the round judges.
         duplicate_share, scores: None where they are not measured; scores as `held_out_scores` gives them.
     Returns:
         What the alarms say, and the state that this round leaves.
@@ -50,6 +65,9 @@ def watch(
         alarms.load_state(state["alarms"])
     followed: list[int] = state["latents"] if state else scan.latents.tolist()
     entropy, density = firing(scan, texts)
+    if also is not None:
+        for known, more in zip((entropy, density), firing(also, texts), strict=True):
+            known |= more
     train, held_out, error = scores if scores is not None else (None, None, None)
     report = alarms.update(
         Measured(
@@ -105,6 +123,8 @@ def held_out_scores(own: Sequence[LatentReward], held_out: Sequence[LatentReward
 def told(report: AlarmReport) -> str:
     """The report in a few words, for a person: what is wrong, and what that does to gamma."""
     raised = [f"{alarm.name} {alarm.severity:.2f} ({alarm.state})" for alarm in report.alarms if alarm.state != "ok"]
+    silent = [alarm.name for alarm in report.alarms if alarm.missing and alarm.name in ALWAYS_MEASURED]
+    unknown = f"; not measured: {', '.join(silent)}" if silent else ""
     if report.state == "ok":
-        return "alarms ok"
-    return f"alarms {report.state}: {', '.join(raised) or 'recovering'}; gamma x {report.factor:.2f}"
+        return f"alarms ok{unknown}"
+    return f"alarms {report.state}: {', '.join(raised) or 'recovering'}; gamma x {report.factor:.2f}{unknown}"

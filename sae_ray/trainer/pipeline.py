@@ -92,10 +92,16 @@ class WindowPipeline:
         return TrainedWindow(flight.window, flight.ends_window, flight.results[0], waited)
 
     def check_deadlines(self) -> None:
-        """Raises RankDied when a window takes longer than `trainer.step_timeout_s`: a rank hangs."""
+        """Raises RankDied when a window takes longer than `trainer.step_timeout_s`: a rank hangs.
+
+        A rank that has answered does not hang, however late the controller looks.
+        """
         for flight in self._flights:
-            if time.monotonic() > flight.deadline:
+            if time.monotonic() <= flight.deadline:
+                continue
+            n = len(flight.pending)
+            if silent := ray.wait(flight.pending, num_returns=n, timeout=0, fetch_local=False)[1]:
                 raise RankDied(
                     f"window {flight.window} was not trained within trainer.step_timeout_s = "
-                    f"{self._config.trainer.step_timeout_s:g} s; {len(flight.pending)} ranks did not answer"
+                    f"{self._config.trainer.step_timeout_s:g} s; {len(silent)} ranks did not answer"
                 )

@@ -3,72 +3,22 @@
 from __future__ import annotations
 
 import time
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
+from fake_ray import FakeRay, Ref, on_fake_ray
 
-from sae_ray.activations import pool as pool_module
-from sae_ray.activations import stream as stream_module
 from sae_ray.activations.stream import BlockStream
 from sae_ray.config import RunConfig
 from sae_ray.trainer.group import RankDied, TrainerGroup
 
+fake = pytest.fixture(on_fake_ray)
 TREE: dict[str, Any] = {
     "name": "lost",
     "hook": {"layer": 2},
     "activations": {"producers": 2, "mix_blocks": 2, "window_blocks": 6},
 }
-
-
-class Ref:
-    """A stand-in for an object reference: identity is all that the driver uses of one."""
-
-    def __init__(self, value: Any = None) -> None:
-        self.value = value
-
-
-class FakeRay:
-    """What the stream calls of `ray`, on two nodes that may be taken away."""
-
-    exceptions, ObjectRef = ray.exceptions, Ref
-
-    def __init__(self) -> None:
-        self.alive = {"node-0": True, "node-1": True}
-        self.started = 0
-
-    def remote(self, _cls: Any) -> Any:
-        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._actor))
-
-    def _actor(self, *_: Any) -> Any:
-        info = {"widths": {"blocks.2.hook_resid_post": 8}, "dtype": "float32", "node_id": f"node-{self.started % 2}"}
-        self.started += 1
-        made = {"tokens": 10, "seconds": 1.0, "corpus_seconds": 0.5, "forward_seconds": 0.5}
-        produce = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda *_: (Ref(dict(made)), Ref())))
-        return SimpleNamespace(ready=SimpleNamespace(remote=lambda: Ref(info)), produce=produce)
-
-    def get(self, ref: Ref, timeout: float | None = None) -> Any:
-        return ref.value
-
-    def wait(self, refs: list[Ref], **_: Any) -> tuple[list[Ref], list[Ref]]:
-        return refs[:1], refs[1:]
-
-    def nodes(self) -> list[dict[str, Any]]:
-        return [{"NodeID": name, "Alive": alive} for name, alive in self.alive.items()]
-
-    def kill(self, _actor: Any) -> None: ...
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
-    fake = FakeRay()
-    monkeypatch.setattr(stream_module, "ray", fake)
-    monkeypatch.setattr(pool_module, "ray", fake)
-    place = SimpleNamespace(at=lambda _: None)  # there is room at once
-    monkeypatch.setattr(pool_module, "Reservation", lambda _: place)
-    monkeypatch.setattr(pool_module, "wait_placed", lambda *_: None)
-    return fake
 
 
 def filled(fake: FakeRay) -> BlockStream:

@@ -8,7 +8,7 @@ from word_tokens import Words
 
 from sae_ray.config import JudgeConfig
 from sae_ray.errors import UserError
-from sae_ray.judge.calibration import Calibration, JudgeAtChance, calibrate
+from sae_ray.judge.calibration import Calibration, JudgeAtChance, calibrate, measure
 from sae_ray.judge.planting import PlantedItem, find_concepts, plant_items, words_of
 from sae_ray.judge.prompts import Mode
 
@@ -146,6 +146,44 @@ def test_a_kind_that_the_judge_cannot_do_shows_in_its_own_rates() -> None:
     assert kinds["lexical"].auroc.value > 0.95
     assert kinds["topical"].auroc.value < 0.75
     assert kinds["lexical"].false_negative < kinds["topical"].false_negative
+
+
+class Skewed(BothModes):
+    """Positives are far off or near, negatives near: the best single threshold is not where the map says a half."""
+
+    def __init__(self, items: list[PlantedItem]) -> None:
+        self.truth = {(i.text, i.explanation): i.positive for i in items}
+        self.rng = random.Random(3)
+
+    async def score(self, pairs: list[tuple[str, str]], mode: Mode) -> list[float | None]:
+        return [
+            self.rng.choice([1.0, 1.2, 9.0]) + self.rng.random() if self.truth[p] else self.rng.random() for p in pairs
+        ]
+
+
+def test_the_rates_of_verdicts_at_a_half_are_those_of_verdicts_cut_there() -> None:
+    items = planted()
+    skewed = Skewed(items)
+    verdicts = asyncio.run(skewed.score([(i.text, i.explanation) for i in items], "likelihood"))
+    found = measure("likelihood", items, verdicts, 0.0)
+    assert found is not None
+    held_out = [(i.positive, found.probability(v) >= 0.5) for i, v in zip(items, verdicts, strict=True) if i.held_out]
+    false_positive = [yes for positive, yes in held_out if not positive]
+    false_negative = [not yes for positive, yes in held_out if positive]
+    assert found.rates_at_half == (
+        sum(false_positive) / len(false_positive), sum(false_negative) / len(false_negative),
+    )  # fmt: skip
+    assert found.rates_at_half[1] > found.false_negative + 0.1  # the other cut's would be taken for better than it is
+
+
+def test_a_calibration_of_a_version_without_rates_at_a_half_stands_with_those_it_has() -> None:
+    items = planted()
+    old = asyncio.run(calibrate(Skewed(items), items, JudgeConfig())).to_dict()
+    for mode in old["modes"].values():
+        for each in [mode, *mode["kinds"].values()]:
+            del each["even_false_positive"], each["even_false_negative"]
+    chosen = Calibration.from_dict(old).chosen
+    assert chosen.rates_at_half == (chosen.false_positive, chosen.false_negative)
 
 
 def test_anchors_are_gold_items_of_both_answers_with_the_verdicts_of_the_chosen_mode() -> None:

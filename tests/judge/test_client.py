@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError, RayTaskError
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
 from sae_ray.config import JudgeConfig
@@ -164,6 +165,16 @@ def test_a_late_answer_is_missing_when_the_deadline_passes() -> None:
     assert client.counters.failed == 1
     assert balanced(client)
     assert "0.1 s" in (client.last_error or "")
+
+
+@pytest.mark.parametrize("timeout", [TimeoutError("connect"), OSError(errno.ETIMEDOUT, "sent"), GetTimeoutError("get")])
+def test_a_timeout_before_the_deadline_is_one_attempt_and_not_the_end(timeout: Exception) -> None:
+    client = JudgeClient(Handle(failures=[timeout]), config())
+    assert asyncio.run(client.score([("t", "a")], "yes_no")) != [None]
+    assert client.counters.retries == 1
+    never = JudgeClient(Handle(failures=[timeout] * 9), config())
+    assert asyncio.run(never.score([("t", "a")], "yes_no")) == [None]
+    assert "no answer within" not in str(never.last_error)
 
 
 def test_one_unanswerable_pair_leaves_the_others_answered() -> None:

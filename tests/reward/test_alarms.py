@@ -63,6 +63,26 @@ def test_a_level_between_its_limits_cools_gamma_in_proportion(name, change, seve
     assert alarm.state == report.state == "cool"
 
 
+def only(values: np.ndarray, known: slice) -> np.ndarray:
+    out = np.full(LATENTS, np.nan)
+    out[known] = values[known]
+    return out
+
+
+@pytest.mark.parametrize(("name", "key"), [(FIRING_ENTROPY, "entropy_M"), (RARITY, "density_M")])
+def test_what_no_latent_tells_is_missing_and_neither_ok_nor_a_reference(name, key):
+    values, nothing = getattr(measured(), key), np.full(LATENTS, np.nan)
+    alarms = HackAlarms(reference_rounds=1)
+    first = alarm_of(alarms.update(measured(**{key: nothing})), name)
+    assert first.missing
+    assert math.isnan(first.severity)
+    assert not alarm_of(alarms.update(measured(**{key: only(values, slice(0, 20))})), name).missing  # the reference
+    for unknown in (nothing, only(values, slice(20, 50))):  # nobody, or none that the reference knows
+        assert alarm_of(alarms.update(measured(**{key: unknown})), name).missing
+    later = alarm_of(alarms.update(measured(**{key: only(values, slice(10, 50)) / 9})), name)
+    assert (later.missing, later.state) == (False, "stop")
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -238,6 +238,21 @@ def test_a_round_that_is_judged_again_judges_the_same_latents_on_the_same_texts(
         assert np.array_equal(getattr(before, name), getattr(after, name)), name
 
 
+def test_a_round_far_behind_the_newest_is_judged_again_as_it_was_until_it_is_committed(tmp_path, monkeypatch):
+    run = Run(config_of(tmp_path, choose="value", keep_rounds=1, reexplain_cosine=0.9, latents=4), monkeypatch)
+    storage, batches = LocalStorage(run.config.run_dir), []
+    for number in range(5):
+        batches.append(run.round(number)[1])
+        run.desk.keep(number, number, committed_rounds=2)
+    assert {key[-16:-12] for key in storage.list("loop")} == {"0001", "0002", "0003", "0004"}
+    run.desk = run.new_desk()  # a crash: back to the commit, three rounds behind
+    _, again = run.round(2)
+    for name in ("latents", "row_latent", "row_context", "row_verdict", "row_weight", "credit_weight"):
+        assert np.array_equal(getattr(batches[2], name), getattr(again, name)), name
+    run.desk.keep(2, 2, committed_rounds=5)
+    assert {key[-16:-12] for key in storage.list("loop")} == {"0004"}
+
+
 def test_at_random_latents_are_drawn_anew(tmp_path, monkeypatch):
     run = Run(config_of(tmp_path, choose="random", latents=4), monkeypatch)
     drawn = [tuple(run.round(number)[1].latents.tolist()) for number in range(3)]

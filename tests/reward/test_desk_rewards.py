@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import threading
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,8 @@ from sae_ray.reward import desk as desk_module
 from sae_ray.reward.bank import VerdictBank
 from sae_ray.reward.contexts import ContextTexts
 from sae_ray.reward.credit import RewardBatch
-from sae_ray.reward.desk import CHUNK_LATENTS, RewardDesk, make_plans, reward_batch
-from sae_ray.reward.evidence import ContextScan
+from sae_ray.reward.desk import CHUNK_LATENTS, RewardDesk, reward_batch
+from sae_ray.reward.evidence import ContextScan, make_plans
 from sae_ray.reward.parts import RewardParts
 from sae_ray.reward.rounds import compete, detect, rewards_of
 from sae_ray.reward.weights import PARTS, RewardCombiner
@@ -209,6 +210,29 @@ def test_a_resumed_run_goes_on_with_the_baselines_of_the_round_before(tmp_path):
     assert (without_memory.reward != batch.reward).any(), "a round that was never applied leaves nothing behind"
 
 
+def test_the_desk_answers_and_can_be_cancelled_while_it_plans(tmp_path, monkeypatch):
+    world, desk = World(), make_desk(run_config(tmp_path))
+    planning, goes_on = threading.Event(), threading.Event()
+
+    def plans(*_: Any) -> list[Any]:
+        planning.set()
+        assert goes_on.wait(30)
+        return []
+
+    async def look() -> None:
+        round_ = asyncio.create_task(desk.judge_round(0, 10, world.ranks, world.evidence))
+        assert await asyncio.to_thread(planning.wait, 30)
+        assert desk.progress()["queue"] == 0
+        assert not round_.done()
+        round_.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await round_
+        goes_on.set()
+
+    monkeypatch.setattr(desk_module, "make_plans", plans)
+    asyncio.run(look())
+
+
 def test_only_the_round_that_was_judged_last_can_be_kept(tmp_path):
     desk = make_desk(run_config(tmp_path))
     judged(desk, World())
@@ -234,6 +258,25 @@ def test_alarms_are_in_the_summary_and_their_factor_is_in_the_batch(tmp_path):
     assert summary["alarms"]["state"] in ("cool", "stop")
     assert batch.gamma_factor == summary["alarms"]["alarm/gamma_factor"] < 1
     assert "rarity" in summary["alarms"]["told"]
+
+
+def test_alarms_follow_the_first_latents_when_others_are_judged_and_change_no_plan(tmp_path):
+    found = {}
+    for alarms in ({}, OFF):
+        world = World()
+        desk = make_desk(run_config(tmp_path / str(bool(alarms)), choose="random", latents=5, alarms=alarms))
+        _, first = judged(desk, world)
+        desk.keep(0, 11)
+        world.threshold_M[:] = 2.02  # many firings go
+        summary, second = judged(desk, world, 1)
+        found[bool(alarms)] = second
+        assert set(second.latents.tolist()) != set(first.latents.tolist())
+        if not alarms:
+            assert desk.applied.read(0).memory["alarms"]["latents"] == first.latents.tolist()
+            assert summary["alarms"]["alarm/rarity"] > 0.3
+            assert "not measured: rarity" not in summary["alarms"]["told"]
+    assert [rank.scan.calls for rank in world.ranks] == [2, 2], "without alarms nothing more is scanned"
+    same(dataclasses.replace(found[False], gamma_factor=1.0), found[True])
 
 
 def test_duplicates_are_counted_only_when_asked_for(tmp_path):

@@ -1,3 +1,5 @@
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -5,15 +7,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_ray.reward.evidence import (
+    NEAR_MISS,
     POSITIVE,
+    RANDOM,
     SIBLING,
     ContextScan,
+    LatentPlan,
     Quota,
     choose_latents,
     density_matched_threshold,
     layout_contexts,
     plan_latent,
     scan_contexts,
+    sibling_columns,
 )
 
 
@@ -25,11 +31,15 @@ def random_scan(seed: int, contexts: int = 400, latents: int = 6) -> ContextScan
     return ContextScan(np.arange(latents), act_CN, margin_CN, np.zeros((contexts, latents), dtype=np.int32))
 
 
+def plan_of(scan: ContextScan, column: int, quota: Quota, seed: tuple[int, ...], **draw: tuple[int, ...]) -> LatentPlan:
+    return plan_latent(scan, column, sibling_columns(scan, np.array([column]))[0], quota, seed, **draw)
+
+
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10_000), n_explainer=st.integers(0, 12), n_positives=st.integers(1, 30))
 def test_explainer_and_judged_contexts_never_meet(seed, n_explainer, n_positives):
     scan = random_scan(seed)
-    plan = plan_latent(scan, 2, Quota(n_positives, 6, 6, 6, n_explainer), (seed,))
+    plan = plan_of(scan, 2, Quota(n_positives, 6, 6, 6, n_explainer), (seed,))
     judged = [verdict.context for verdict in plan.verdicts]
     assert not {*plan.explainer, *plan.unjudged} & set(judged)
     assert len(judged) == len(set(judged))
@@ -44,7 +54,7 @@ def test_explainer_and_judged_contexts_never_meet(seed, n_explainer, n_positives
 
 
 def test_both_halves_of_a_plan_hold_positives_and_negatives():
-    plan = plan_latent(random_scan(1), 0, Quota(12, 6, 6, 6, 8), (0,))
+    plan = plan_of(random_scan(1), 0, Quota(12, 6, 6, 6, 8), (0,))
     for half in (True, False):
         kinds = [verdict.kind for verdict in plan.verdicts if verdict.select == half]
         assert kinds.count(POSITIVE) == 6
@@ -53,11 +63,49 @@ def test_both_halves_of_a_plan_hold_positives_and_negatives():
 
 def test_weights_restore_the_natural_prior():
     scan = random_scan(3)
-    plan = plan_latent(scan, 1, Quota(12, 6, 6, 30, 0), (0,))
+    plan = plan_of(scan, 1, Quota(12, 6, 6, 30, 0), (0,))
     active = sum(v.weight for v in plan.verdicts if v.kind == POSITIVE)
     everything = sum(v.weight for v in plan.verdicts)
     assert active == pytest.approx((scan.act_CN[:, 1] > 0).sum())
     assert everything == pytest.approx(np.isfinite(scan.margin_CN[:, 1]).sum())
+
+
+@pytest.mark.parametrize("near", [0, 6])
+@pytest.mark.parametrize("siblings", [0, 6])
+def test_kinds_that_are_not_asked_for_are_drawn_among_the_random_texts(near, siblings):
+    scan = random_scan(3)
+    plan = plan_of(scan, 1, Quota(12, near, siblings, 300, 0), (0,))
+    kinds = {verdict.kind for verdict in plan.verdicts}
+    assert kinds == {POSITIVE, RANDOM} | ({NEAR_MISS} if near else set()) | ({SIBLING} if siblings else set())
+    assert sum(v.weight for v in plan.verdicts) == pytest.approx(np.isfinite(scan.margin_CN[:, 1]).sum())
+
+
+def plain_sibling(scan: ContextScan, column: int) -> int:
+    margin_CN = scan.margin_CN[np.isfinite(scan.margin_CN).all(axis=1)].astype(np.float64)
+    correlation = np.corrcoef(margin_CN.T)[column]
+    correlation[column] = -np.inf
+    return int(correlation.argmax())
+
+
+def test_a_sibling_is_the_latent_whose_margins_correlate_most(monkeypatch):
+    monkeypatch.setattr("sae_ray.reward.evidence.COLUMNS_AT_ONCE", 3)
+    for seed in range(5):
+        scan = random_scan(seed, latents=11)
+        scan.margin_CN[:] *= np.geomspace(0.01, 100, 11, dtype=np.float32)  # scales must not matter
+        scan.margin_CN[:, 4] += 0.3 * scan.margin_CN[:, 9] + 7
+        some = np.array([9, 4, 0, 10, 2])
+        assert sibling_columns(scan, some) == [plain_sibling(scan, column) for column in some]
+    assert sibling_columns(random_scan(0, latents=1), np.array([0])) == [None]
+
+
+def test_all_siblings_cost_little_more_than_a_few():
+    scan, all_N = random_scan(0, contexts=4000, latents=512), np.arange(512)
+    seconds = []
+    for columns in (all_N[:1], all_N):
+        began = time.perf_counter()
+        sibling_columns(scan, columns)
+        seconds.append(time.perf_counter() - began)
+    assert seconds[1] < 50 * seconds[0]  # centring for each of them would be 512 times
 
 
 def test_a_scan_equals_a_plain_loop_over_contexts():
@@ -122,9 +170,7 @@ def test_versions_that_nearly_agree_are_judged_on_nearly_the_same_texts():
     act_CN = np.where(margin_CN > 0, margin_CN + 0.5, 0).astype(np.float32)
     other = ContextScan(scan.latents, act_CN, margin_CN, scan.token_CN)
     quota = Quota(12, 6, 6, 6, 0)
-    a, b = (
-        {(v.context, v.kind == POSITIVE) for v in plan_latent(each, 1, quota, (5,)).verdicts} for each in (scan, other)
-    )
+    a, b = ({(v.context, v.kind == POSITIVE) for v in plan_of(each, 1, quota, (5,)).verdicts} for each in (scan, other))
     assert len(a & b) > 0.6 * len(a)
 
 
@@ -132,7 +178,7 @@ def test_latents_share_their_random_texts():
     scan = random_scan(6)
     quota = Quota(12, 6, 6, 6, 0)
     first, second = (
-        {v.context for v in plan_latent(scan, column, quota, (5,)).verdicts if v.kind == "random"} for column in (0, 1)
+        {v.context for v in plan_of(scan, column, quota, (5,)).verdicts if v.kind == "random"} for column in (0, 1)
     )
     assert first & second
 
@@ -140,7 +186,7 @@ def test_latents_share_their_random_texts():
 def test_rounds_that_draw_anew_judge_other_texts_and_never_what_any_explainer_saw():
     scan = random_scan(7, contexts=2000)
     quota = Quota(20, 6, 6, 6, 12)
-    plans = [plan_latent(scan, 1, quota, (5,), draw=(5, number)) for number in range(6)]
+    plans = [plan_of(scan, 1, quota, (5,), draw=(5, number)) for number in range(6)]
     judged = [{v.context for v in plan.verdicts if v.kind == POSITIVE} for plan in plans]
     seen = set().union(*({*plan.explainer, *plan.unjudged} for plan in plans))
     assert not seen & set().union(*judged)

@@ -119,9 +119,6 @@ def test_a_round_that_is_judged_again_finds_what_was_there_before_it(tmp_path):
             )  # fmt: skip
             for name in ("judged_D", "explained_2D", "firing_W"):
                 assert np.array_equal(getattr(a, name), getattr(b, name)), name
-    history.save(storage, 2)
-    assert not LatentHistory.load(storage, 1).records  # nobody will ask for it
-    assert LatentHistory.load(storage, 2).records
 
 
 def test_cosines_of_sets_are_those_of_their_indicator_vectors():

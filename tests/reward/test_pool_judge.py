@@ -24,11 +24,13 @@ from sae_ray.errors import UserError
 from sae_ray.evaluation.evaluator import together
 from sae_ray.evaluation.run import heldout_app
 from sae_ray.judge.calibrated import name_of, said_of, stands
+from sae_ray.judge.calibration import Calibration, ModeCalibration
 from sae_ray.judge.deploy import JudgeApp
 from sae_ray.judge.metrics import added
 from sae_ray.judge.pool import JudgePool, endpoint_keys
 from sae_ray.judge.prompts import PROMPT_VERSION, explanation_continuation
 from sae_ray.judge.roles import judges_of
+from sae_ray.judge.scores import Estimate
 from sae_ray.judge.verdict_cache import judge_identity
 from sae_ray.preflight import check_judges, numbers_of
 from sae_ray.reward.bank import SCHEMA
@@ -196,6 +198,18 @@ def test_a_server_elsewhere_is_calibrated_and_asked_and_nothing_is_deployed(serv
     assert usage["done"] > len(pairs)
 
 
+@pytest.mark.parametrize(
+    ("measured", "rates"), [((0.0, 0.25), (0.02, 0.25)), ((0.3, 1.0), (0.3, 0.98)), ((None, None), (0.1, 0.02))]
+)
+def test_error_rates_are_those_of_the_verdicts_that_are_taught_and_never_none(make_config, measured, rates):
+    taught = dict(zip(("even_false_positive", "even_false_negative"), measured, strict=True))
+    auroc = Estimate(0.9, 0.01, 0.8, 1.0, 40)
+    mode = ModeCalibration("likelihood", auroc, 0.7, 0.1, 0.0, 1.0, 0.0, 0.0, 40, 0, 1.0, **taught)
+    judge = PoolJudge(make_config())
+    judge._judge = SimpleNamespace(calibration=Calibration("likelihood", {"likelihood": mode}))  # type: ignore[assignment]
+    assert judge.rates == rates
+
+
 def test_a_calibration_on_file_is_used_until_the_server_serves_another_model(servers, make_config):
     server = servers()
     config = make_config(judge={"endpoint": server.url})
@@ -245,6 +259,28 @@ def test_runs_below_one_folder_pay_for_a_verdict_once(servers, make_config):
     assert asked == 0
     _, hits, asked = scored("three", "large")  # the same address, another judge
     assert (hits, asked > 0) == (0, True)
+
+
+def test_two_judges_of_one_process_keep_what_both_were_paid_for(servers, make_config):
+    server, other = servers(), servers(models=("other",))
+    roles = {"heldout": {"endpoint": other.url, "endpoint_model": "other"}}
+    config = make_config(judge={"endpoint": server.url, "endpoint_model": "small"}, judges=roles)
+    tree = config.model_dump()
+    tree["rlaif"]["alarms"]["held_out"] = True
+    desk = RewardDesk(RunConfig.model_validate(tree).model_dump_json())
+    assert desk.heldout is not None
+
+    async def run() -> None:
+        pair = ("the train left the station", "train, station")
+        for judge in (desk.judge, desk.heldout):
+            before = len(judge.cache)
+            assert (await judge.client.score([pair], "likelihood"))[0] is not None
+            assert len(judge.cache) > before
+            await judge.client.aclose()
+
+    asyncio.run(run())
+    assert desk.judge.cache.writable
+    desk.judge.cache.close()
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from round_world import LATENTS, Tokenizer, World, run_config
 
-from sae_ray.config import AlarmsConfig
+from sae_ray.config import AlarmsConfig, RLAIFConfig
 from sae_ray.reward.composition import LatentReward
 from sae_ray.reward.contexts import ContextTexts
 from sae_ray.reward.evidence import ContextScan
-from sae_ray.reward.watch import FIRINGS, firing, held_out_scores, rarefied_entropy, told, watch
+from sae_ray.reward.watch import FIRINGS, firing, held_out_scores, rarefied_entropy, told, unscanned, watch
 
 
 @pytest.fixture
@@ -70,6 +70,23 @@ def test_followed_latents_are_those_of_the_first_round_in_whatever_order_they_co
     # That there are fewer firings does not make them narrower.
     assert told(report) == "alarms cool: rarity 0.69 (cool); gamma x 0.58"
     assert state["latents"] == [2, 5, 9]
+
+
+def test_latents_that_are_not_judged_any_more_are_compared_all_the_same(texts):
+    settings, judged = AlarmsConfig(), scan_of([11, 12])
+    _, state = watch(settings, {}, scan_of([2, 5, 9]), texts)
+    assert unscanned({}, judged).tolist() == []
+    assert unscanned(state, judged).tolist() == [2, 5, 9]
+    assert unscanned(state, scan_of([5, 11])).tolist() == [2, 9]
+    report, _ = watch(settings, state, judged, texts)
+    assert told(report) == "alarms ok; not measured: firing_entropy, rarity"
+    report, state = watch(settings, state, judged, texts, also=scan_of([2, 5, 9], keep=0.2))
+    assert told(report).startswith("alarms stop: rarity 1.61 (stop)")
+    assert state["latents"] == [2, 5, 9]
+
+
+def test_by_default_a_runs_last_round_is_compared_with_its_first():
+    assert AlarmsConfig().reference_rounds < RLAIFConfig().rounds
 
 
 def test_a_latent_that_is_left_with_one_token_stops_gamma_for_good(texts):
