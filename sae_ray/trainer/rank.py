@@ -196,7 +196,7 @@ class TrainerRank:
         self.credit_factor = own.gamma_factor
         if self._hold is not None:
             self._hold.begin()
-        if len(own.latents) and self.cfg.rlaif.gamma * self.credit_factor > 0:
+        if len(own.latents) and self._credit_gamma() * self.credit_factor > 0:
             acts_TD, layout = self._with_layout(fetch(evidence), self.cfg.judge.context_tokens)
             x_TD = main.scaled(acts_TD)
             state = responses.latent_state(main, own.latents, x_TD)
@@ -340,6 +340,14 @@ class TrainerRank:
         self.credit_factor = float(own.pop(FACTOR, 1.0))
         own = {name: tensor.to(self.mesh.device) for name, tensor in own.items()}
         return restore_credit(self.cfg.rlaif.estimator, self._credit_settings(), own)
+
+    def _credit_gamma(self) -> float:
+        """The largest weight of any part of the credit."""
+        from sae_ray.reward.credit import ESTIMATORS
+
+        rlaif = self.cfg.rlaif
+        of_rollouts = rlaif.rollout_gamma if ESTIMATORS[rlaif.estimator].uses_rollouts else None
+        return max(rlaif.gamma, of_rollouts or 0.0)
 
     def _credit_settings(self) -> CreditSettings:
         from sae_ray.reward.credit import CreditSettings

@@ -66,6 +66,8 @@ class TeacherGate(CreditEstimator):
         )
 
     def loss(self, x_BD: torch.Tensor, params: CreditParams, threshold: torch.Tensor) -> torch.Tensor | None:
+        if not self._settings.gamma:  # beside a policy gradient with a gamma of its own
+            return None
         state = self._state
         rows_N = state["latents"] - params.first_latent
         label_BN = (torch.addmm(state["b_N"], x_BD, state["W_ND"].T) > 0).to(x_BD.dtype)
