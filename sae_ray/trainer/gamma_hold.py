@@ -110,6 +110,10 @@ class _Held:
         loss = self._credit.loss(x_BD, params, threshold)
         return None if loss is None else loss * self._hold.weight.to(loss)
 
+    def rows(self, params: CreditParams) -> torch.Tensor | None:
+        rows_n: torch.Tensor | None = asked(self._credit, "rows", params)
+        return rows_n
+
     def deltas(self, params: CreditParams, threshold: torch.Tensor) -> Any:
         return asked(self._credit, "deltas", params, threshold)
 

@@ -8,6 +8,8 @@ by one or more of
                                    trainer averages with the ranks' shares of the batch: the result is the global
                                    batch's loss, so anything that is divided by a number of tokens must be divided by
                                    `params.tokens(x)`, the global one.
+    rows(params)                   int64 [n], the only places on the shard where that gradient is not 0, the same on all
+                                   dp ranks and each once: they are all that is exchanged. None: any.
     deltas(params, threshold)      changes of W_enc rows and b_enc that the trainer applies once, right after an
                                    optimiser step. The estimator itself remembers (in its state) what it has given.
     selection(params)              [m], a latent's discount when latents are selected, in units of the threshold: an
@@ -187,6 +189,11 @@ class CreditEstimator:
             threshold: of the gate: one for all latents (0-dim) or one for each latent of the shard.
         """
         return None
+
+    def rows(self, params: CreditParams) -> torch.Tensor | None:
+        """int64 [N]: the judged latents' places on the shard."""
+        latents = self._state.get("latents")
+        return None if latents is None else latents - params.first_latent
 
     def deltas(self, params: CreditParams, threshold: torch.Tensor) -> Deltas | None:
         """What to add to the judged latents now, after a step; None once it has been given."""
