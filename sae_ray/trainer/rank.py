@@ -197,8 +197,9 @@ class TrainerRank:
         if self._hold is not None:
             self._hold.begin()
         if len(own.latents) and self._credit_gamma() * self.credit_factor > 0:
-            acts_TD, layout = self._with_layout(fetch(evidence), self.cfg.judge.context_tokens)
-            x_TD = main.scaled(acts_TD)
+            blocks = fetch(evidence)
+            layout = responses.layout_of(blocks, self.cfg.judge.context_tokens)
+            x_TD = responses.scaled_inputs(main, blocks, self.specs["main"].hook.name)
             state = responses.latent_state(main, own.latents, x_TD)
             self.credit = ESTIMATORS[self.cfg.rlaif.estimator].fit(self._credit_settings(), own, state, x_TD, layout)
         return {"latents": len(own.latents), "installed": self.credit is not None, "step": main.steps_done}
@@ -221,8 +222,8 @@ class TrainerRank:
     def scan(self, blocks: list[Any], context_tokens: int, latents: list[int], which: str = "main") -> ContextScan:
         """Responses of those of `latents` that this shard holds, to every context of `blocks`."""
         trainer = self._copy(which)
-        acts_TD, layout = self._with_layout(fetch(blocks), context_tokens)
-        return responses.scan(trainer, acts_TD, layout, own_latents(trainer, latents))
+        hook = self.specs["main"].hook.name
+        return responses.scan(trainer, fetch(blocks), hook, context_tokens, own_latents(trainer, latents))
 
     def decoder_rows(self, latents: list[int], which: str = "main") -> tuple[np.ndarray, np.ndarray]:
         """(ids int64 [n], rows [n, D]) of those of `latents` that this shard holds."""
