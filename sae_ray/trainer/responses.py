@@ -84,12 +84,15 @@ def scan(
 ) -> ContextScan:
     """Responses of latents that this shard holds to every context of `blocks`, which are read one at a time."""
     rows = _rows(trainer, own_n)
-    weights = [each.cpu() for each in (trainer.W_enc_mD[rows], trainer.b_enc_m[rows], _centre(trainer))]
-    threshold_n = trainer.thresholds_m()[rows].cpu()
+    W_nD, b_n, threshold_n = (
+        each_m[rows].cpu() for each_m in (trainer.W_enc_mD, trainer.b_enc_m, trainer.thresholds_m())
+    )
+    centre_D = _centre(trainer).cpu()
     act, margin, token, first = [], [], [], 0
     for block in blocks:
         x_TD = trainer.scaled(_finite(block, hook)).cpu()
-        part = scan_contexts(x_TD, layout_of([block], context_tokens), own_n, *weights, threshold_n)
+        layout = layout_of([block], context_tokens)
+        part = scan_contexts(x_TD, layout, own_n, W_nD, b_n, centre_D, threshold_n)
         act.append(part.act_CN)
         margin.append(part.margin_CN)
         # Counted over all blocks, but 0 where a context has no token.
