@@ -91,6 +91,8 @@ class RewardBatch:
     row_margin: np.ndarray | None = None
     rollouts: Rollouts | None = None
     whole: RewardBatch | None = None  # what `for_shard` was taken from; None: this is the whole
+    # float16 [N, D]: unit encoder rows at the scan, which is what was judged; None: taken to be those at the fit
+    judged_ND: np.ndarray | None = None
     gamma_factor: float = 1.0  # of `reward.alarms`: what all of the round's credit is multiplied by
 
     def for_shard(self, first: int, last: int) -> RewardBatch:
@@ -111,8 +113,13 @@ class RewardBatch:
             reward=None if self.reward is None else self.reward[keep],
             row_margin=None if self.row_margin is None else self.row_margin[rows],
             rollouts=None if self.rollouts is None else self.rollouts.of_latents(own),
+            judged_ND=None if self.judged_ND is None else self.judged_ND[keep],
             whole=self.whole or self,
         )
+
+    def judged_at(self, latents: np.ndarray, unit_ND: np.ndarray) -> RewardBatch:
+        """With the encoder rows that were judged, of `latents` (ascending), all of the batch's among them."""
+        return replace(self, judged_ND=unit_ND[np.searchsorted(latents, self.latents)])
 
     def trusted(self) -> RewardBatch:
         """All trusted latents of the round, whichever shard holds them."""

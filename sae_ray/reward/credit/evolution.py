@@ -78,7 +78,7 @@ class Evolution(CreditEstimator):
             size = torch.linalg.vector_norm(latent.W_enc_ND[j]) / torch.linalg.vector_norm(basis_RD[0]).clamp(min=1e-12)
             found_ND.append(latent.W_enc_ND[j] if z_R is None else size * (z_R @ basis_RD))
             found.append(z_R is not None)
-        turned_ND = within_turn(latent.W_enc_ND, torch.stack(found_ND), state["turn_N"])
+        turned_ND = within_turn(state["W_judged_ND"], torch.stack(found_ND), state["turn_N"])
         old_CN, new_CN = (
             max_per_context(projections(x_TD, latent.b_dec_D, W_ND), layout) for W_ND in (latent.W_enc_ND, turned_ND)
         )
