@@ -130,8 +130,9 @@ class RewardDesk:
         self.carried.start(number)
         latents = await self._latents_of_round(number, ranks, evidence, texts.n_contexts, rng)
         scan = await self._scan(ranks, evidence, self.carried.to_scan(latents))
+        unit = await self._unit_rows(ranks, scan.latents)
         if self.carried.on:
-            self.carried.begin(latents, scan, await self._unit_rows(ranks, scan.latents))
+            self.carried.begin(latents, scan, unit)
         # In a thread: over many contexts and latents this takes long, and `progress` is to answer meanwhile.
         plans = await asyncio.to_thread(make_plans, self.config, scan, number, latents)
         self.judge.bind(texts, scan)
@@ -160,7 +161,7 @@ class RewardDesk:
         deal = np.random.default_rng([self.config.seed, 10, number]) if self.config.rlaif.shuffle_verdicts else None
         own = self.config.rlaif.verdict_cut == "own"
         batch = reward_batch(number, step, rewards, rows, self.judge.rates, deal, own_cuts=own)
-        batch = self.carried.finish(batch, rewards, scan)
+        batch = self.carried.finish(batch, rewards, scan).judged_at(unit.latents, unit.encoder_ND)
         batch, about, memory = await self._weighed(
             batch,
             Outcome(scan, texts, [choice for chunk in judged for choice in chunk.choices], rewards, decoder),

@@ -40,7 +40,7 @@ class CreditParams(NamedTuple):
 class CreditLoss(Protocol):
     """The third loss. Its weight is its own business; only latents of this shard can be touched.
 
-    It may also have `deltas(params, threshold)` and `selection(params)`, and say `of_decoder`: see
+    It may also have `deltas(params, threshold)`, `selection(params)` and `rows(params)`, and say `of_decoder`: see
     `reward.credit.base`.
     """
 
@@ -63,7 +63,10 @@ def add_credit(
     grads: Gradients,
     collectives: Collectives,
 ) -> torch.Tensor:
-    """Adds the gradient of the credit's loss to `grads`; returns this dp rank's part of the loss (0-dim)."""
+    """Adds the gradient of the credit's loss to `grads`; returns this dp rank's part of the loss (0-dim).
+
+    The dp ranks exchange the rows that the credit says it touches: a shard's whole gradient is hundreds of megabytes.
+    """
     of_decoder = params.W_dec_mO is not None and getattr(credit, "of_decoder", False)
     with torch.enable_grad():
         leaves = [params.W_enc_mD.detach().requires_grad_(), params.b_enc_m.detach().requires_grad_()]
@@ -76,12 +79,15 @@ def add_credit(
         slopes = torch.autograd.grad(loss, leaves, allow_unused=True)
     # Each dp rank's loss is a mean over its own tokens: their mean by number of tokens is the global batch's.
     share = len(x_bD) / params.tokens(x_bD)
-    totals = [None if slope is None else collectives.sum_dp(slope * share) for slope in slopes]
+    rows_n = asked(credit, "rows", params)
+    if rows_n is None:
+        rows_n = torch.arange(len(params.b_enc_m), device=x_bD.device)
+    totals = [None if slope is None else collectives.sum_dp(slope[rows_n] * share) for slope in slopes]
     for gradient, total in zip((grads.W_enc_mD, grads.b_enc_m, grads.W_dec_mO), totals, strict=False):
         if total is not None:
-            gradient.add_(total)
+            gradient.index_add_(0, rows_n, total)
     if of_decoder and totals[2] is not None:
-        grads.along_m.add_((totals[2] * leaves[2].detach()).sum(1))
+        grads.along_m.index_add_(0, rows_n, (totals[2] * leaves[2].detach()[rows_n]).sum(1))
     return loss.detach().to(x_bD.dtype) * share
 
 

@@ -15,6 +15,9 @@ wind up: it stays inside what the weight can do, so that the weight rises again 
 of the training batches, smoothed. A few scalars on the device, no host read, no communication: every rank sees the same
 totals and does the same.
 
+Where rewards come before any step (fine-tuning on-policy, without steps of reconstruction first) FVU0 and L00 are those
+of the first batch: its forward pass is of the SAE as it was.
+
 What an estimator gives as deltas is given once, when rewards arrive, and is not held.
 """
 
@@ -35,6 +38,7 @@ LEAST = math.log(1e-3)
 SLOW, FAST = 0.98, 0.9  # memories per step: of the levels that set points are of, and of what is compared with them
 # Places in the state.
 N, SLOW_FVU, SLOW_L0, FVU, L0, FVU_START, L0_START, INTEGRAL, LOG_WEIGHT = range(9)
+PENDING = -1.0  # a start that the next step will say; 0: no rewards yet
 
 
 class GammaHold:
@@ -54,11 +58,12 @@ class GammaHold:
         return self.state[LOG_WEIGHT].exp()
 
     def begin(self) -> None:
-        """Rewards have come: the levels of now become what set points are of. Later calls change nothing."""
+        """Rewards have come: the levels of now, or without a step those of the next one, become what set points are of.
+        Later calls change nothing."""
         s = self.state
         first = s[FVU_START] == 0
-        s[FVU_START] = torch.where(first, s[SLOW_FVU], s[FVU_START])
-        s[L0_START] = torch.where(first, s[SLOW_L0], s[L0_START])
+        for start, level in ((FVU_START, SLOW_FVU), (L0_START, SLOW_L0)):
+            s[start] = torch.where(first, torch.where(s[N] > 0, s[level], PENDING), s[start])
 
     def observe(self, fvu: torch.Tensor, l0: torch.Tensor) -> None:
         """Takes in a step (0-dim tensors, of the global batch), and moves the weight for the next one."""
@@ -69,6 +74,9 @@ class GammaHold:
         ):  # fmt: skip
             # A plain mean until there is enough to forget.
             s[place] += (1 / s[N]).clamp(min=1 - memory) * (value.to(s) - s[place])
+        pending = s[FVU_START] == PENDING
+        for start, level in ((FVU_START, SLOW_FVU), (L0_START, SLOW_L0)):
+            s[start] = torch.where(pending, s[level], s[start])
         errors = []
         if self._fvu_rise is not None:
             errors.append((s[FVU] / s[FVU_START] - 1) / self._fvu_rise - 1)
@@ -101,6 +109,10 @@ class _Held:
     def loss(self, x_BD: torch.Tensor, params: CreditParams, threshold: torch.Tensor) -> torch.Tensor | None:
         loss = self._credit.loss(x_BD, params, threshold)
         return None if loss is None else loss * self._hold.weight.to(loss)
+
+    def rows(self, params: CreditParams) -> torch.Tensor | None:
+        rows_n: torch.Tensor | None = asked(self._credit, "rows", params)
+        return rows_n
 
     def deltas(self, params: CreditParams, threshold: torch.Tensor) -> Any:
         return asked(self._credit, "deltas", params, threshold)

@@ -196,9 +196,10 @@ class TrainerRank:
         self.credit_factor = own.gamma_factor
         if self._hold is not None:
             self._hold.begin()
-        if len(own.latents) and self.cfg.rlaif.gamma * self.credit_factor > 0:
-            acts_TD, layout = self._with_layout(fetch(evidence), self.cfg.judge.context_tokens)
-            x_TD = main.scaled(acts_TD)
+        if len(own.latents) and self._credit_gamma() * self.credit_factor > 0:
+            blocks = fetch(evidence)
+            layout = responses.layout_of(blocks, self.cfg.judge.context_tokens)
+            x_TD = responses.scaled_inputs(main, blocks, self.specs["main"].hook.name)
             state = responses.latent_state(main, own.latents, x_TD)
             self.credit = ESTIMATORS[self.cfg.rlaif.estimator].fit(self._credit_settings(), own, state, x_TD, layout)
         return {"latents": len(own.latents), "installed": self.credit is not None, "step": main.steps_done}
@@ -221,8 +222,8 @@ class TrainerRank:
     def scan(self, blocks: list[Any], context_tokens: int, latents: list[int], which: str = "main") -> ContextScan:
         """Responses of those of `latents` that this shard holds, to every context of `blocks`."""
         trainer = self._copy(which)
-        acts_TD, layout = self._with_layout(fetch(blocks), context_tokens)
-        return responses.scan(trainer, acts_TD, layout, own_latents(trainer, latents))
+        hook = self.specs["main"].hook.name
+        return responses.scan(trainer, fetch(blocks), hook, context_tokens, own_latents(trainer, latents))
 
     def decoder_rows(self, latents: list[int], which: str = "main") -> tuple[np.ndarray, np.ndarray]:
         """(ids int64 [n], rows [n, D]) of those of `latents` that this shard holds."""
@@ -341,6 +342,14 @@ class TrainerRank:
         self.credit_factor = float(own.pop(FACTOR, 1.0))
         own = {name: tensor.to(self.mesh.device) for name, tensor in own.items()}
         return restore_credit(self.cfg.rlaif.estimator, self._credit_settings(), own)
+
+    def _credit_gamma(self) -> float:
+        """The largest weight of any part of the credit."""
+        from sae_ray.reward.credit import ESTIMATORS
+
+        rlaif = self.cfg.rlaif
+        of_rollouts = rlaif.rollout_gamma if ESTIMATORS[rlaif.estimator].uses_rollouts else None
+        return max(rlaif.gamma, of_rollouts or 0.0)
 
     def _credit_settings(self) -> CreditSettings:
         from sae_ray.reward.credit import CreditSettings

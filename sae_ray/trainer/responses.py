@@ -79,18 +79,39 @@ def contexts_active(trainer: ShardedTrainer, acts_TD: torch.Tensor, layout: Cont
     return torch.bincount(torch.unique(pairs) % n_latents, minlength=n_latents)
 
 
-def scan(trainer: ShardedTrainer, acts_TD: torch.Tensor, layout: ContextLayout, own_n: np.ndarray) -> ContextScan:
-    """Responses of latents that this shard holds to every context."""
+def scan(
+    trainer: ShardedTrainer, blocks: Sequence[Block], hook: str, context_tokens: int, own_n: np.ndarray
+) -> ContextScan:
+    """Responses of latents that this shard holds to every context of `blocks`, which are read one at a time."""
     rows = _rows(trainer, own_n)
-    return scan_contexts(
-        trainer.scaled(acts_TD).cpu(),
-        layout,
-        own_n,
-        trainer.W_enc_mD[rows].cpu(),
-        trainer.b_enc_m[rows].cpu(),
-        _centre(trainer).cpu(),
-        trainer.thresholds_m()[rows].cpu(),
+    W_nD, b_n, threshold_n = (
+        each_m[rows].cpu() for each_m in (trainer.W_enc_mD, trainer.b_enc_m, trainer.thresholds_m())
     )
+    centre_D = _centre(trainer).cpu()
+    act, margin, token, first = [], [], [], 0
+    for block in blocks:
+        x_TD = trainer.scaled(_finite(block, hook)).cpu()
+        layout = layout_of([block], context_tokens)
+        part = scan_contexts(x_TD, layout, own_n, W_nD, b_n, centre_D, threshold_n)
+        act.append(part.act_CN)
+        margin.append(part.margin_CN)
+        # Counted over all blocks, but 0 where a context has no token.
+        token.append(np.where(np.isneginf(part.margin_CN), 0, part.token_CN + np.int32(first)))
+        first += len(x_TD)
+    return ContextScan(part.latents, *(np.concatenate(parts) for parts in (act, margin, token)))
+
+
+def scaled_inputs(trainer: ShardedTrainer, blocks: Sequence[Block], hook: str) -> torch.Tensor:
+    """[T, d_in] on the trainer's device: all tokens of `blocks`, in order, held once.
+
+    Raises:
+        UserError: a block holds a number that is not finite.
+    """
+    sizes = [block.n_tokens for block in blocks]
+    x_TD = torch.empty(sum(sizes), trainer.d_in, dtype=trainer.dtype, device=trainer.mesh.device)
+    for block, part_TD in zip(blocks, x_TD.split(sizes), strict=True):
+        part_TD.copy_(trainer.scaled(_finite(block, hook)))
+    return x_TD
 
 
 def decoder_rows(trainer: ShardedTrainer, own_n: np.ndarray) -> np.ndarray:
@@ -114,12 +135,12 @@ def latent_state(trainer: ShardedTrainer, own_n: np.ndarray, x_TD: torch.Tensor)
     Args:
         x_TD: scaled inputs.
     """
-    from sae_ray.reward.credit import LatentState, gate_units
+    from sae_ray.reward.credit import LatentState, gate_units, projections
 
     rows, centre_D = _rows(trainer, own_n), _centre(trainer).clone()
     W_ND, b_N, units_N = trainer.W_enc_mD[rows], trainer.b_enc_m[rows], trainer.thresholds_m()[rows].clone()
     if not bool((units_N > 0).all()):
-        units_N = gate_units(units_N, torch.addmm(b_N, x_TD - centre_D, W_ND.T))
+        units_N = gate_units(units_N, projections(x_TD, centre_D, W_ND).add_(b_N))
     return LatentState(W_ND, b_N, centre_D, units_N)
 
 

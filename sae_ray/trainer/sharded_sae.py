@@ -3,8 +3,8 @@
 Everything per latent (weights, moments, firing counts) is local to the shard. What a step communicates does
 not grow with d_sae: over tp two small histograms (batchtopk) or the local top-k values (topk), one [B, O]
 reconstruction and one vector of d_out + 4 numbers; over dp the pairs and the inputs they belong to, from which each
-dp rank computes the same gradients (a gradient itself would be [m, D]; relu_l1 and gated, whose pairs are too many
-to list, do sum it).
+dp rank computes the same gradients, and the rows that a credit touches (a gradient itself would be [m, D]; relu_l1 and
+gated, whose pairs are too many to list, do sum it).
 
     y_hat = sum over shards of f @ W_dec + b_dec       one all-reduce; its backward is the identity
     d/d b_dec = sum g - (sum d_pre) @ W_enc            the second term is a sum over shards
@@ -187,7 +187,9 @@ class ShardedTrainer:
             self._log(lr, torch.stack([fvu, aux, penalty, l0, shown, credit_total, grad_norm, loss]))
 
     def scaled(self, raw_bD: torch.Tensor) -> torch.Tensor:
-        return raw_bD.to(self.mesh.device, self.dtype) * self.input_scale
+        x_bD = raw_bD.to(self.mesh.device, self.dtype)
+        # In place where this is a copy already: of the evidence there is no room for two.
+        return x_bD * self.input_scale if x_bD is raw_bD else x_bD.mul_(self.input_scale)
 
     def _loss_and_gradients(
         self, x_bD: torch.Tensor, y_bO: torch.Tensor, context: StepContext, discount_m: torch.Tensor | None

@@ -63,6 +63,12 @@ class Rank:
         self.count_contexts = Remote(lambda *_: (self.scan_of(np.arange(first, last)).act_CN > 0).sum(0))
         self.scan = Remote(lambda _, __, latents: self.scan_of(self.own(latents)))
         self.decoder_rows = Remote(lambda latents: (self.own(latents), world.W_dec[self.own(latents)]))
+        self.unit_rows = Remote(self.unit_rows_of)
+
+    def unit_rows_of(self, latents: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        own = self.own(latents)
+        decoder = self.world.W_dec[own] / np.linalg.norm(self.world.W_dec[own], axis=1, keepdims=True)
+        return own, np.eye(WORDS, dtype=np.float16)[own], decoder.astype(np.float16)
 
     def own(self, latents: list[int]) -> np.ndarray:
         ids = np.asarray(latents, dtype=np.int64)

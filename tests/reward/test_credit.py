@@ -201,3 +201,21 @@ def test_a_teacher_never_changes_a_latents_rate_by_more_than_its_trust_region(sa
     marked = (score_T.view(-1, SIZE).amax(1) > 0).double().mean()
     own = ((world.x_TD @ world.latent.W_enc_ND[0]).view(-1, SIZE).amax(1) > world.threshold).double().mean()
     assert 0.9 * own / MAX_RATE_CHANGE < marked < 1.1 * own * MAX_RATE_CHANGE
+
+
+@pytest.mark.parametrize("name", ["teacher_gate", "policy_gradient"])
+def test_a_latent_that_left_what_was_judged_before_its_reward_came_earns_no_gradient(name):
+    """Verdicts are about the direction at the scan: the turn is counted from there, not from where they arrive."""
+    world = with_rollouts(make_world())
+    x, params = world.x_TD[:500], params_of(world)
+    own_ND = world.latent.W_enc_ND
+    apart_ND = torch.zeros_like(own_ND)
+    apart_ND[0, 5] = 1.0
+    values = {}
+    for what, rows_ND in (("none", None), ("same", own_ND), ("apart", apart_ND)):
+        judged_ND = None if rows_ND is None else torch.nn.functional.normalize(rows_ND, dim=1).half().numpy()
+        told = dataclasses.replace(world, batch=dataclasses.replace(world.batch, judged_ND=judged_ND))
+        values[what] = value(fit(name, told).loss(x, params, world.threshold))
+    assert values["none"] != 0
+    assert values["same"] == pytest.approx(values["none"], rel=2e-3)
+    assert values["apart"] == 0

@@ -175,6 +175,27 @@ def test_by_default_nothing_is_carried_over_and_nothing_is_written(tmp_path, mon
     assert carried.finish(second, [], run.oracle._scan) is second
 
 
+@pytest.mark.parametrize("keep_rounds", [0, 1])
+def test_the_trust_region_is_about_the_directions_that_were_judged_though_latents_moved_on(
+    tmp_path, monkeypatch, keep_rounds
+):
+    run = Run(config_of(tmp_path, keep_rounds=keep_rounds), monkeypatch)
+    main = run.rank.copies["main"]
+    for number in range(2):
+        then_MD = main.W_enc_mD.clone()
+        _, batch = run.round(number)
+        moved_MD = torch.randn(main.W_enc_mD.shape, generator=torch.Generator().manual_seed(number))
+        main.W_enc_mD += 0.03 * moved_MD  # as if by what was trained while judges judged
+        run.rank.apply_rewards([batch], EVIDENCE)
+        assert run.rank.credit is not None
+        state = run.rank.credit.state_dict()
+        rows, judged_ND = state["latents"], state["W_judged_ND"]
+        cosine_N = torch.nn.functional.cosine_similarity(judged_ND, then_MD[rows])
+        assert cosine_N.min() > 1 - 1e-6
+        assert torch.nn.functional.cosine_similarity(judged_ND, main.W_enc_mD[rows]).min() < 1 - 1e-4
+        torch.testing.assert_close(judged_ND.norm(dim=1), main.W_enc_mD[rows].norm(dim=1))
+
+
 def test_explanations_of_latents_that_stay_where_they_are_are_not_asked_for_again(tmp_path, monkeypatch):
     run = Run(config_of(tmp_path, reexplain_cosine=0.97), monkeypatch)
     _, first = run.round(0)

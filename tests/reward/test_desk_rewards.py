@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from round_world import CONTEXT, World, WorldJudge, run_config
+from round_world import CONTEXT, WORDS, World, WorldJudge, run_config
 from steering_world import Steering
 
 from sae_ray.config import RunConfig
@@ -109,7 +109,9 @@ def test_with_default_weights_a_round_is_what_it_was_and_measures_no_part(tmp_pa
     assert latents is not None, "every chosen latent of this world can be judged"
     scan = ContextScan.merge([rank.scan_of(rank.own(latents.tolist())) for rank in world.ranks])
     assert batch.reward is None
-    same(batch, asyncio.run(as_before(config, world, scan)))
+    assert batch.judged_ND is not None
+    assert np.array_equal(batch.judged_ND, np.eye(WORDS)[latents])  # the encoder rows of this world
+    same(dataclasses.replace(batch, judged_ND=None), asyncio.run(as_before(config, world, scan)))
     assert [rank.decoder_rows.calls for rank in world.ranks] == [0, 0]
     assert [rank.scan.calls for rank in world.ranks] == [1, 1]
 

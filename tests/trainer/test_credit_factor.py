@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sae_ray.config import RunConfig
-from sae_ray.reward.credit import ESTIMATORS, RewardBatch, Rollouts
+from sae_ray.reward.credit import ESTIMATORS, CreditSettings, RewardBatch, Rollouts
 from sae_ray.trainer.rank import TrainerRank
 
 D_IN, HOOK = 24, "blocks.0.hook_resid_post"
@@ -172,6 +172,32 @@ def test_a_ranks_decoder_is_turned_by_the_rounds_rollouts_with_a_gamma_of_their_
     assert losses[1] == pytest.approx(2 * losses[0], rel=1e-5)
     assert losses[2] == 0
     assert (rows[0] - rows[2]).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("estimator", ["policy_gradient", "teacher_gate+policy_gradient"])
+def test_rollouts_alone_teach_where_only_their_gamma_is_above_0(estimator):
+    def step(gamma: float, rollout_gamma: float) -> tuple[bool, float]:
+        rank = make_rank(estimator, gamma=gamma, rollout_gamma=rollout_gamma)
+        rank.build(BLOCKS[:2])
+        rank.train_window(0, 0, BLOCKS[:2])
+        batch = rewards(rank, 1.0)
+        latent, some = np.repeat(batch.latents, 8), np.random.default_rng(0)
+        rollouts = Rollouts(latent, None, np.ones(32), some.random(32), 0.0, some.normal(size=(32, D_IN)))
+        told = rank.apply_rewards([dataclasses.replace(batch, rollouts=rollouts)], BLOCKS[4:])
+        return told["installed"], rank.train_window(1, 0, BLOCKS[2:4], 1).metrics[0]["credit_loss"]
+
+    installed, loss = step(0.0, 0.6)
+    assert installed
+    assert loss != 0
+    assert step(0.0, 0.3)[1] == pytest.approx(loss / 2, rel=1e-5)  # nothing of it is the teacher's
+    assert step(0.0, 0.0) == (False, 0.0)
+
+
+@pytest.mark.parametrize("estimator", ["policy_gradient", "teacher_gate"])
+def test_a_part_whose_weight_is_0_does_no_work_in_a_step(estimator):
+    state = {"g_ND": torch.ones(1, D_IN)}
+    credit = ESTIMATORS[estimator](CreditSettings(0.0, 5.0, 0.5, 50), state)
+    assert credit.loss(torch.ones(2, D_IN), None, torch.ones(())) is None
 
 
 def test_every_estimator_says_whether_it_uses_rewards(tmp_path):

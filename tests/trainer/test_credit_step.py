@@ -22,6 +22,9 @@ from sae_ray.reward.credit import (
     gate_units,
 )
 from sae_ray.reward.evidence import ContextLayout, scan_contexts
+from sae_ray.trainer.collectives import Collectives
+from sae_ray.trainer.credit_step import add_credit
+from sae_ray.trainer.gamma_hold import GammaHold
 from sae_ray.trainer.mesh import Mesh
 from sae_ray.trainer.sharded_sae import ShardedTrainer
 
@@ -179,6 +182,50 @@ def credited_run(mesh: Mesh, name: str, estimator: str, batch: RewardBatch) -> S
         low, high = mesh.rows(len(raw))
         trainer.step(raw[low:high], len(raw), credit)
     return trainer
+
+
+class Whole:
+    """A credit that does not say which rows it touches."""
+
+    def __init__(self, credit):
+        self._credit, self.of_decoder = credit, credit.of_decoder
+
+    def loss(self, x_BD, params, threshold):
+        return self._credit.loss(x_BD, params, threshold)
+
+
+class Counting(Collectives):
+    """Counts what would go over dp."""
+
+    sent = 0
+
+    def sum_dp(self, tensor):
+        self.sent += tensor.numel()
+        return super().sum_dp(tensor)
+
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize(
+    "estimator", ["teacher_gate", "bank_gate", "reward_model", "preference", "teacher_gate+policy_gradient"]
+)
+def test_only_judged_rows_are_exchanged_and_no_bit_of_the_gradient_is_lost(estimator, held):
+    trainer = sharded_run(Mesh.alone(), "batchtopk", steps=START)
+    x_BD, rows = trainer.scaled(next_batch()), torch.from_numpy(LATENTS)
+    own = rewards(trainer).for_shard(0, 48)
+    latent = LatentState(trainer.W_enc_mD[rows], trainer.b_enc_m[rows], trainer.b_dec_D.clone())
+    credit = ESTIMATORS[estimator].fit(SETTINGS, own, latent, trainer.scaled(EVIDENCE), LAYOUT)
+    params, context = trainer._credit_params(len(x_BD)), trainer._context(len(x_BD))
+    counted, found = [], []
+    for asked in (GammaHold(0.1, None).held(credit) if held else credit, Whole(credit)):
+        grads, *_ = trainer._loss_and_gradients(x_BD, x_BD, context, None)
+        before = [grad.clone() for grad in (grads.W_enc_mD, grads.b_enc_m, grads.W_dec_mO, grads.along_m)]
+        collectives = Counting(Mesh.alone())
+        add_credit(asked, params, trainer._gate_threshold(), x_BD, grads, collectives)
+        counted.append(collectives.sent)
+        found.append([grads.W_enc_mD, grads.b_enc_m, grads.W_dec_mO, grads.along_m])
+    assert counted[0] == counted[1] * len(LATENTS) / len(trainer.b_enc_m) > 0
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert not torch.equal(found[0][0], before[0])
 
 
 MESH_RUNS = [(estimator, "batchtopk") for estimator in ESTIMATORS] + [

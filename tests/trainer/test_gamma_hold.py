@@ -100,6 +100,25 @@ def test_before_rewards_come_nothing_is_held_and_set_points_are_of_when_they_fir
     assert float(hold.weight) < 1
 
 
+@pytest.mark.parametrize("of_l0", [False, True])
+def test_rewards_that_come_before_any_step_are_held_to_the_first_step(of_l0):
+    """On-policy fine-tuning: the second round must not take the damage of the first as its set point."""
+    hold = GammaHold(None, 0.1) if of_l0 else GammaHold(0.1, None)
+    hold.begin()
+    resumed = GammaHold(None, 0.1) if of_l0 else GammaHold(0.1, None)
+    resumed.load(hold.state)  # a checkpoint before the first step
+    for each in (hold, resumed):
+        each.begin()  # or a round that was judged again
+        each.observe(torch.tensor(START_FVU), torch.tensor(START_L0))
+        assert each.state[5:7].tolist() == [START_FVU, START_L0]
+        assert float(each.weight) == 1
+        for _ in range(50):
+            each.observe(torch.tensor(START_FVU * 2), torch.tensor(START_L0 / 2))
+        assert float(each.weight) < 0.1
+        each.begin()  # the second round's rewards
+        assert each.state[5:7].tolist() == [START_FVU, START_L0]
+
+
 def test_nothing_is_held_unless_asked_for():
     assert hold_of(RLAIFConfig(), "cpu") is None
     assert hold_of(RLAIFConfig(enabled=False, max_fvu_rise=0.1), "cpu") is None

@@ -21,7 +21,7 @@ from sae_ray.reward.credit.selection_bonus import SelectionBonus
 from sae_ray.reward.credit.summed import TeacherAndPolicy
 from sae_ray.reward.credit.teacher_gate import MAX_RATE_CHANGE, TeacherGate
 from sae_ray.reward.credit.threshold import Threshold
-from sae_ray.reward.credit.whitening import MIN_CONFIRMED, whitener
+from sae_ray.reward.credit.whitening import MIN_CONFIRMED, projections, whitener
 
 ESTIMATORS: dict[str, type[CreditEstimator]] = {
     "teacher_gate": TeacherGate,
@@ -60,6 +60,7 @@ __all__ = [
     "gate_units",
     "observed",
     "posterior",
+    "projections",
     "restore_credit",
     "whitener",
 ]

@@ -8,6 +8,8 @@ by one or more of
                                    trainer averages with the ranks' shares of the batch: the result is the global
                                    batch's loss, so anything that is divided by a number of tokens must be divided by
                                    `params.tokens(x)`, the global one.
+    rows(params)                   int64 [n], the only places on the shard where that gradient is not 0, the same on all
+                                   dp ranks and each once: they are all that is exchanged. None: any.
     deltas(params, threshold)      changes of W_enc rows and b_enc that the trainer applies once, right after an
                                    optimiser step. The estimator itself remembers (in its state) what it has given.
     selection(params)              [m], a latent's discount when latents are selected, in units of the threshold: an
@@ -89,6 +91,8 @@ class RewardBatch:
     row_margin: np.ndarray | None = None
     rollouts: Rollouts | None = None
     whole: RewardBatch | None = None  # what `for_shard` was taken from; None: this is the whole
+    # float16 [N, D]: unit encoder rows at the scan, which is what was judged; None: taken to be those at the fit
+    judged_ND: np.ndarray | None = None
     gamma_factor: float = 1.0  # of `reward.alarms`: what all of the round's credit is multiplied by
 
     def for_shard(self, first: int, last: int) -> RewardBatch:
@@ -109,8 +113,13 @@ class RewardBatch:
             reward=None if self.reward is None else self.reward[keep],
             row_margin=None if self.row_margin is None else self.row_margin[rows],
             rollouts=None if self.rollouts is None else self.rollouts.of_latents(own),
+            judged_ND=None if self.judged_ND is None else self.judged_ND[keep],
             whole=self.whole or self,
         )
+
+    def judged_at(self, latents: np.ndarray, unit_ND: np.ndarray) -> RewardBatch:
+        """With the encoder rows that were judged, of `latents` (ascending), all of the batch's among them."""
+        return replace(self, judged_ND=unit_ND[np.searchsorted(latents, self.latents)])
 
     def trusted(self) -> RewardBatch:
         """All trusted latents of the round, whichever shard holds them."""
@@ -187,6 +196,11 @@ class CreditEstimator:
             threshold: of the gate: one for all latents (0-dim) or one for each latent of the shard.
         """
         return None
+
+    def rows(self, params: CreditParams) -> torch.Tensor | None:
+        """int64 [N]: the judged latents' places on the shard."""
+        latents = self._state.get("latents")
+        return None if latents is None else latents - params.first_latent
 
     def deltas(self, params: CreditParams, threshold: torch.Tensor) -> Deltas | None:
         """What to add to the judged latents now, after a step; None once it has been given."""

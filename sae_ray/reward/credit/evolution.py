@@ -12,7 +12,7 @@ from sae_ray.reward.credit.base import CreditEstimator, CreditSettings, Deltas, 
 from sae_ray.reward.credit.cuts import cut_at, implied_cuts, marked_share
 from sae_ray.reward.credit.rows import context_state, presence_of_rows, row_order, row_state
 from sae_ray.reward.credit.trust import common_state, effective_verdicts, evidence_share, freshness, within_turn
-from sae_ray.reward.credit.whitening import subspaces
+from sae_ray.reward.credit.whitening import projections, subspaces
 from sae_ray.reward.evidence import ContextLayout, max_per_context
 
 if TYPE_CHECKING:
@@ -78,9 +78,9 @@ class Evolution(CreditEstimator):
             size = torch.linalg.vector_norm(latent.W_enc_ND[j]) / torch.linalg.vector_norm(basis_RD[0]).clamp(min=1e-12)
             found_ND.append(latent.W_enc_ND[j] if z_R is None else size * (z_R @ basis_RD))
             found.append(z_R is not None)
-        turned_ND = within_turn(latent.W_enc_ND, torch.stack(found_ND), state["turn_N"])
+        turned_ND = within_turn(state["W_judged_ND"], torch.stack(found_ND), state["turn_N"])
         old_CN, new_CN = (
-            max_per_context((x_TD - latent.b_dec_D) @ W_ND.T, layout) for W_ND in (latent.W_enc_ND, turned_ND)
+            max_per_context(projections(x_TD, latent.b_dec_D, W_ND), layout) for W_ND in (latent.W_enc_ND, turned_ND)
         )
         finite_CN = old_CN[torch.isfinite(old_CN).all(1)]
         cut_N = cut_at(finite_CN, torch.tensor(marked_share(batch)).to(finite_CN) * len(finite_CN))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from sae_ray.reward.credit.base import RewardBatch
 from sae_ray.reward.credit.gates import observed, platt
 from sae_ray.reward.credit.rows import padded, rows_of
-from sae_ray.reward.credit.whitening import judged_means, unit
+from sae_ray.reward.credit.whitening import judged_means, projections, unit
 from sae_ray.reward.evidence import ContextLayout, max_per_context
 
 OWN_SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)
@@ -83,7 +83,7 @@ class Directions:
         return torch.stack([unit(mixed_D, self._cov_DD) for mixed_D in mixed_ND])
 
     def _scores(self, teacher_ND: torch.Tensor, batch: RewardBatch) -> tuple[torch.Tensor, list[np.ndarray]]:
-        best_CN = max_per_context((self._x_TD - self._mean_D) @ teacher_ND.T, self._layout)
+        best_CN = max_per_context(projections(self._x_TD, self._mean_D, teacher_ND), self._layout)
         latent_V = torch.tensor(np.searchsorted(batch.latents, batch.row_latent), device=best_CN.device)
         return best_CN[torch.tensor(batch.row_context, device=best_CN.device), latent_V], rows_of(batch)
 

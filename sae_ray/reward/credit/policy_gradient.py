@@ -68,8 +68,9 @@ class PolicyGradient(CreditEstimator):
         return cls(settings, state | {"g_ND": g_ND, "e_ND": norm_N * F.normalize(g_ND @ inverse_DD, dim=1)})
 
     def loss(self, x_BD: torch.Tensor, params: CreditParams, threshold: torch.Tensor) -> torch.Tensor | None:
-        state = self._state
-        if not state["g_ND"].any():
+        state, own = self._state, self._settings.rollout_gamma
+        gamma = self._settings.gamma if own is None else own
+        if not gamma or not state["g_ND"].any():
             return None
         rows_N = state["latents"] - params.first_latent
         W_ND = params.W_enc_mD[rows_N]
@@ -77,8 +78,7 @@ class PolicyGradient(CreditEstimator):
         if params.W_dec_mO is not None:
             gain_N = gain_N + (F.normalize(params.W_dec_mO[rows_N], dim=1) * state["g_ND"]).sum(1)
         weight_N = state["credit_N"] * freshness(self._settings, state, W_ND, params.step)
-        own = self._settings.rollout_gamma
-        return -(self._settings.gamma if own is None else own) * (weight_N * gain_N).sum()
+        return -gamma * (weight_N * gain_N).sum()
 
 
 def rloo_gradient(rollouts: Rollouts, latent: int, like: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from sae_ray.reward.credit.cuts import f1_cuts
 from sae_ray.reward.credit.gates import gate_logit
 from sae_ray.reward.credit.mixing import Directions
 from sae_ray.reward.credit.trust import common_state, freshness, gate_at
-from sae_ray.reward.credit.whitening import unit, whitener
+from sae_ray.reward.credit.whitening import projections, unit, whitener
 from sae_ray.reward.evidence import ContextLayout, max_per_context
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class TeacherGate(CreditEstimator):
         own_ND = torch.stack([unit(w_D, cov_DD) for w_D in latent.W_enc_ND])
         directions = Directions(own_ND, x_TD, layout, mean_D, cov_DD, inverse_DD)
         teacher_ND = directions.best(batch) if settings.shrink is None else directions.mixed(batch, settings.shrink)
-        score_TN = (x_TD - mean_D) @ teacher_ND.T
+        score_TN = projections(x_TD, mean_D, teacher_ND)
         cut_N = f1_cuts(max_per_context(score_TN, layout), batch, MAX_RATE_CHANGE)
         return cls(
             settings,
@@ -66,6 +66,8 @@ class TeacherGate(CreditEstimator):
         )
 
     def loss(self, x_BD: torch.Tensor, params: CreditParams, threshold: torch.Tensor) -> torch.Tensor | None:
+        if not self._settings.gamma:  # beside a policy gradient with a gamma of its own
+            return None
         state = self._state
         rows_N = state["latents"] - params.first_latent
         label_BN = (torch.addmm(state["b_N"], x_BD, state["W_ND"].T) > 0).to(x_BD.dtype)

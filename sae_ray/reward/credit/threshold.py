@@ -21,6 +21,7 @@ from sae_ray.reward.credit.cuts import cut_at, marked_share
 from sae_ray.reward.credit.gates import observed, platt
 from sae_ray.reward.credit.rows import padded, rows_of
 from sae_ray.reward.credit.trust import common_state, evidence_share, freshness
+from sae_ray.reward.credit.whitening import projections
 from sae_ray.reward.evidence import ContextLayout, max_per_context
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Threshold(CreditEstimator):
         layout: ContextLayout,
     ) -> Threshold:
         x_TD = x_TD.to(latent.W_enc_ND)
-        score_TN = (x_TD - latent.b_dec_D) @ latent.W_enc_ND.T
+        score_TN = projections(x_TD, latent.b_dec_D, latent.W_enc_ND)
         score_CN = max_per_context(score_TN, on_device(layout, score_TN.device))
         source = batch.trusted()
         if source.row_margin is None:

@@ -51,10 +51,18 @@ def common_state(settings: CreditSettings, batch: RewardBatch, latent: LatentSta
     return unit | {
         "latents": torch.tensor(batch.latents, device=device),
         "credit_N": torch.tensor(batch.credit_weight, dtype=dtype, device=device),
-        "W_judged_ND": latent.W_enc_ND.clone(),
+        "W_judged_ND": _judged_rows(batch, latent.W_enc_ND),
         "turn_N": torch.tensor(settings.max_turn * evidence_share(batch), dtype=dtype, device=device),
         "sae_step": torch.tensor(batch.sae_step),
     }
+
+
+def _judged_rows(batch: RewardBatch, now_ND: torch.Tensor) -> torch.Tensor:
+    """[N, D]: the directions that verdicts are about, as long as encoder rows are now: judging takes many steps."""
+    if batch.judged_ND is None:
+        return now_ND.clone()
+    unit_ND = F.normalize(torch.tensor(batch.judged_ND).to(now_ND), dim=1)
+    return unit_ND * torch.linalg.vector_norm(now_ND, dim=1, keepdim=True)
 
 
 def gate_at(settings: CreditSettings, state: State, threshold_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,14 +12,26 @@ from sae_ray.reward.credit.gates import debias
 MIN_CONFIRMED = 0.25
 RIDGE = 0.02  # of the mean variance
 LOCAL_PCS = 2
+CHUNK = 65536  # evidence tokens at once: a second copy of all of them would not fit beside the first
 
 
 def whitener(x_TD: torch.Tensor, ridge: float = RIDGE) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Mean [D], covariance [D, D] and ridge-regularised inverse covariance of unlabelled activations."""
     mean_D = x_TD.mean(0)
-    centred_TD = x_TD - mean_D
-    cov_DD = centred_TD.T @ centred_TD / len(x_TD)
+    cov_DD = x_TD.new_zeros(x_TD.shape[1], x_TD.shape[1])
+    for part_TD in x_TD.split(CHUNK):
+        centred_TD = part_TD - mean_D
+        cov_DD += centred_TD.T @ centred_TD
+    cov_DD /= len(x_TD)
     return mean_D, cov_DD, torch.linalg.inv(_ridged(cov_DD, ridge))
+
+
+def projections(x_TD: torch.Tensor, centre_D: torch.Tensor, W_ND: torch.Tensor) -> torch.Tensor:
+    """`(x - centre) @ W.T`, [T, N], without a centred copy of all tokens."""
+    out_TN = x_TD.new_empty(len(x_TD), len(W_ND))
+    for part_TD, out in zip(x_TD.split(CHUNK), out_TN.split(CHUNK), strict=True):
+        torch.matmul(part_TD - centre_D, W_ND.T, out=out)
+    return out_TN
 
 
 def unit(direction_D: torch.Tensor, cov_DD: torch.Tensor) -> torch.Tensor:
