@@ -9,7 +9,7 @@ from rich.console import Console
 from sae_ray import logs
 from sae_ray.config import RunConfig
 from sae_ray.controller import Controller
-from sae_ray.errors import UserError
+from sae_ray.errors import UserError, printable
 from sae_ray.evaluation.run import evaluate, print_results
 from sae_ray.report.render import render_report
 from sae_ray.sae.formats import export_sae
@@ -35,7 +35,7 @@ def run_training(config: RunConfig, verbose: bool = False) -> None:
     latest = checkpoint.latest(folder)
     done = checkpoint.read_manifest(latest)["step"] if latest else 0
     if done >= config.total_steps and (config.run_dir / "evaluation.json").exists():
-        console.print(f"{config.name}: is complete; --fresh trains it again", soft_wrap=True)
+        console.print(f"{config.name}: is complete; --fresh trains it again", soft_wrap=True, markup=False)
         print_results(config, console)
         return
     # In one piece: a run folder without a whole config is no run any more.
@@ -56,7 +56,7 @@ def run_training(config: RunConfig, verbose: bool = False) -> None:
                 controller.close()
     finally:
         log.close()
-    export(config, lambda line: console.print(line, soft_wrap=True))
+    export(config, lambda line: console.print(printable(line), soft_wrap=True, markup=False))
     render_report(config.run_dir)
     print_results(config, console)
 
