@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import ray
 import torch
-from runs import finish, losses, start, train, write_config
+from runs import finish, losses, start, train, wait_for, write_config
 
 from sae_ray.activations.block import Block
 from sae_ray.activations.producer import ActivationProducer
@@ -154,7 +155,9 @@ def test_every_applied_round_is_kept_with_its_step(finished):
     events = [e for e in read_jsonl(folder / "runs" / "loop" / "events.jsonl") if e["event"] == "rewards_applied"]
     assert [(e["round"], e["at_step"]) for e in events] == [(n, rounds.read(n).at_step) for n in rounds.numbers()]
     assert [event["alarms"]["state"] for event in events] == ["ok", "ok"]
-    assert all(event["alarms"]["alarm/rarity"] == 0 for event in events), "two rounds are the reference"
+    first, second = (event["alarms"]["alarm/rarity"] for event in events)
+    assert first == 0, "the first round is the reference"
+    assert 0 < abs(second) < 0.1, "four steps later its latents fire a little differently"
 
 
 def numbers(run: Path) -> list[dict[str, float]]:
@@ -212,6 +215,25 @@ def test_a_judge_at_chance_is_refused_before_it_can_teach(shared, tmp_path):
     assert "yes_no AUROC" in err
     assert len(err.strip().splitlines()) == 1, err
     assert not (tmp_path / "runs" / "chance" / "bank").exists()
+
+
+def test_the_reward_desks_death_in_the_middle_of_a_round_sets_the_run_back_and_ends_nothing(shared, tmp_path):
+    config = write_config(tmp_path, name="deskless", **shared, **LOOP)
+    process = start(config)
+    events = tmp_path / "runs" / "deskless" / "events.jsonl"
+    asked = lambda: events.exists() and any(e["event"] == "round_requested" for e in read_jsonl(events))  # noqa: E731
+    wait_for(asked, process, timeout=400)
+    (desk,) = [p for p in psutil.process_iter(["cmdline"]) if "ray::RewardDesk" in (p.info["cmdline"] or [""])[0]]
+    desk.kill()
+    code, out, err = finish(process, timeout=500)
+    assert code == 0, err[-3000:]
+    assert "the reward desk died; building the group again" in out
+    found = read_jsonl(events)
+    kinds = [event["event"] for event in found]
+    assert kinds.count("rank_died") == 1
+    assert kinds.index("rank_died") < kinds.index("rewards_applied")
+    assert [event["round"] for event in found if event["event"] == "rewards_applied"] == [0, 1]
+    assert sorted(losses(tmp_path, "deskless")) == list(range(1, 33))
 
 
 def test_a_corrupt_shard_is_named_before_a_cluster_starts(finished, tmp_path):
