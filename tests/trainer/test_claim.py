@@ -147,7 +147,9 @@ def test_a_commit_of_a_run_that_was_taken_over_in_between_prunes_nothing(home, m
         group.save_checkpoint(earlier, 4, CURSOR)
     assert checkpoint.steps(home) == {4: True, 8: False}
     said = SimpleNamespace(event=lambda *_, **__: None, committed=lambda: None)
-    run = SimpleNamespace(saving=done, pipeline=[], log=said, measures=said, claim=earlier, config=group.config)
+    run = SimpleNamespace(
+        saving=done, pipeline=[], log=said, measures=said, claim=earlier, config=group.config, saved_rounds=0
+    )
     done.pump = lambda idle: {}  # type: ignore[method-assign]
     with pytest.raises(UserError, match=TAKEN):
         Controller._pump_save(run)  # type: ignore[arg-type]
