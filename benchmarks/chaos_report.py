@@ -28,7 +28,7 @@ ABOUT = [
     "",
     "Judges are not among these runs, whose rewards are replayed. One that is killed in the middle of a request, and",
     "one whose engine hangs, are in `tests/integration/test_judge.py`, `test_judge_pool.py`, `test_judge_models.py`:",
-    "every call is answered, none twice.",
+    "every call is answered, none twice. The reward desk that is killed within a round is in `test_rlaif_run.py`.",
 ]
 
 
