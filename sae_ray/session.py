@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
@@ -84,7 +85,7 @@ def ray_session(config: RayConfig, verbose: bool = False) -> Iterator[None]:
     else:
         options["address"] = config.address
     try:
-        with _on_loopback() if own else contextlib.nullcontext():
+        with _signals_kept(), _on_loopback() if own else contextlib.nullcontext():
             ray.init(**options)
     except ray.exceptions.AuthenticationError as error:
         raise UserError(
@@ -106,6 +107,21 @@ def ray_session(config: RayConfig, verbose: bool = False) -> Iterator[None]:
         ray.shutdown()
         if own:
             _reap(started)
+
+
+@contextlib.contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Whoever handled signals goes on to: a driver's `ray.init` takes SIGTERM, and its core then aborts the process."""
+    if threading.current_thread() is not threading.main_thread():  # it may set none, and Ray does not either
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:  # None: somebody's who is not Python
+                signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,8 @@ import pytest
 
 pytestmark = pytest.mark.timeout(900)
 # In a process of its own: the session's Ray, if there is one, is not joined.
+_ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_AUTH_MODE")}
+_ENVIRONMENT["PYTHONPATH"] = str(Path(__file__).parents[2])
 _SCRIPT = """
 import json, logging, os, sys, time
 import psutil, ray
@@ -51,9 +53,7 @@ def test_an_own_ray_listens_on_loopback_with_a_token_and_its_actors_log_json(tmp
     from sae_ray.config import RunConfig
 
     text = RunConfig.model_validate(config).model_dump_json()
-    environment = {**os.environ, "MY_TOKEN": "hunter2hunter2", "PYTHONPATH": str(Path(__file__).parents[2])}
-    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE"):
-        environment.pop(name, None)
+    environment = {**_ENVIRONMENT, "MY_TOKEN": "hunter2hunter2"}
     done = subprocess.run(
         [sys.executable, "-c", _SCRIPT, text], capture_output=True, text=True, timeout=800, env=environment
     )
@@ -67,3 +67,25 @@ def test_an_own_ray_listens_on_loopback_with_a_token_and_its_actors_log_json(tmp
     (row,) = [json.loads(line) for line in file.read_text().splitlines() if "in an actor" in line]
     assert (row["run"], row["role"], row["generation"], row["step"]) == ("own", "tester", 1, 7)
     assert row["message"] == "in an actor, with ***"
+
+
+_STOPPED = """
+import os, signal, sys, time
+from sae_ray.config import RayConfig
+from sae_ray.session import Interrupt, ray_session
+
+with Interrupt() as interrupt, ray_session(RayConfig(address="local", local_cpus=1, object_store_mb=100)):
+    os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+    time.sleep(0.5)
+    print("requested", interrupt.requested)
+"""
+
+
+@pytest.mark.parametrize("sign", ["SIGTERM", "SIGINT"])
+def test_a_signal_while_ray_runs_is_a_request_to_stop_and_ends_no_process(sign: str) -> None:
+    """Clusters stop their jobs with SIGTERM, which Ray takes for itself as it starts."""
+    command = [sys.executable, "-c", _STOPPED, sign]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=200, env=_ENVIRONMENT)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert "requested True" in ended.stdout
+    assert "SIGTERM received" not in ended.stderr
