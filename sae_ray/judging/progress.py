@@ -33,7 +33,8 @@ class JudgingProgress:
         self._task = self._bar.add_task("starting", total=None, name=name)
         self._name = name
         self._began = self._said = time.monotonic()
-        self._first: tuple[float, int] | None = None
+        self._first: tuple[float, int] | None = None  # when it started, and with how many done; and the newest ones
+        self._newest = (0.0, 0)
 
     def __enter__(self) -> JudgingProgress:
         if self._console.is_terminal:
@@ -55,19 +56,29 @@ class JudgingProgress:
             self.line(text)
 
     def start(self, total: int, done: int) -> None:
-        self._first = time.monotonic(), done
+        self._first = self._newest = time.monotonic(), done
         self._bar.reset(self._task, total=total, completed=done, name=self._name)
 
     def update(self, done: int, state: str, tokens: float, counters: Mapping[str, Any]) -> None:
         self._bar.update(self._task, completed=done)
         assert self._first is not None, "start() comes first"
-        total, (then, before) = self._bar.tasks[0].total, self._first
+        if done > self._newest[1]:
+            self._newest = time.monotonic(), done
+        total = self._bar.tasks[0].total
         parts = [state, f"{counters.get('done', 0):,.0f} answers", f"{tokens:,.0f} tokens computed"]
         parts += [f"{counters[name]:,.0f} {name}" for name in ("failed", "retries") if counters.get(name)]
         if not self._console.is_terminal and total is not None:
-            left = "" if done <= before else _clock((time.monotonic() - then) / (done - before) * (total - done))
-            parts = [f"{done} of {total:.0f} latents", *parts, *([f"left {left}"] if left else [])]
+            left = self._left_s(total - done)
+            parts = [f"{done} of {total:.0f} latents", *parts, *([f"left {_clock(left)}"] if left is not None else [])]
         self.say(" | ".join(parts))
+
+    def _left_s(self, left: float) -> float | None:
+        """At the pace until the newest ones, less the time since: it falls while many are judged at once."""
+        assert self._first is not None
+        (began, before), (then, done) = self._first, self._newest
+        if done <= before:
+            return None
+        return max(0.0, (then - began) / (done - before) * left - (time.monotonic() - then))
 
 
 def _clock(seconds: float) -> str:
