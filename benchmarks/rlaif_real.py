@@ -18,7 +18,8 @@ All are then put at the same L0: each gets the threshold that gives k active lat
 judged latents of every SAE are explained anew by the same explainers and scored by `sae-ray judge` on held-out texts:
 by MiniLM's embeddings (on a few texts, on all of them, and by what labels in the explanation's place would tell it),
 simulation, sensitivity, and the judge that taught. Differences are paired over latents, with bootstrap intervals;
-Matryoshka's latents are others, chosen by the same rule, and are not paired. The target is detection by MiniLM up by
+Matryoshka's latents are others, chosen by the same rule, and are not paired. On how many of continued training's tokens
+the taught latents are still active says whether a gain is a narrower gate's. The target is detection by MiniLM up by
 .05 over continued training with an interval above 0, at equal L0 and FVU (2%).
 
 It is a series of stages that leave their results in OUT. Stopped (Ctrl-C, or --minutes: no stage begins later), the
@@ -41,7 +42,6 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import numpy as np
 import ray
 import rlaif_real_report as report
 import torch
@@ -49,7 +49,6 @@ import yaml
 from ray._private import ray_constants
 from rich.console import Console
 from rlaif_real_configs import (
-    CONTEXT_TOKENS,
     FIRST,
     FULL,
     MATRYOSHKA,
@@ -63,6 +62,7 @@ from rlaif_real_configs import (
     scoring_config,
     store_config,
 )
+from rlaif_real_match import active_shares, at_same_l0, latents_like_rlaif
 from rlaif_real_texts import ceilings, detections, embedded
 
 from sae_ray.activations.block import Block
@@ -77,10 +77,8 @@ from sae_ray.judge.embedder import MiniLM
 from sae_ray.judging import results
 from sae_ray.reward.applied import AppliedRounds
 from sae_ray.reward.bank import VerdictBank
-from sae_ray.reward.evidence import choose_latents, layout_contexts
 from sae_ray.sae.formats import export_sae, import_sae
 from sae_ray.sae.formats.of_run import sae_of_run
-from sae_ray.sae.inference import TrainedSAE
 from sae_ray.session import ray_session
 from sae_ray.storage import LocalStorage
 
@@ -88,48 +86,6 @@ SCORERS = ["embedding", "sensitivity", "detection"]
 L0_BLOCKS = 8
 JUDGE_START_S = 900
 INTERRUPTED = 130
-
-
-# ---------------------------------------------------------------------- what the SAEs are compared at
-
-
-def threshold_at(pre_TM: Sequence[torch.Tensor], k: int) -> float:
-    """The threshold at which tokens have k active latents on average; 0 where so many are not above 0.
-
-    Args:
-        pre_TM: pre-activations, piece by piece.
-    """
-    n_active = k * sum(len(piece) for piece in pre_TM)
-    kept = torch.empty(0)
-    for piece in pre_TM:  # only the largest so far can matter
-        kept = torch.cat([kept, piece.flatten().topk(min(piece.numel(), n_active)).values])
-        kept = kept.topk(min(len(kept), n_active)).values
-    return max(0.0, float(kept[-1]))
-
-
-def counted(active_TM: torch.Tensor, context_T: torch.Tensor) -> torch.Tensor:
-    """In how many contexts each latent is active, int64 [M]."""
-    rows_N, cols_N = active_TM.nonzero(as_tuple=True)
-    m = active_TM.shape[1]
-    return torch.bincount(torch.unique(context_T[rows_N] * m + cols_N) % m, minlength=m)
-
-
-def at_same_l0(sae: TrainedSAE, blocks: Sequence[Block], hook: str, k: int) -> TrainedSAE:
-    threshold = threshold_at([sae.pre_activations(block.acts_TD(torch.float32, hook)) for block in blocks], k)
-    return replace(sae, threshold=torch.tensor(threshold), k=k)
-
-
-def latents_like_rlaif(sae: TrainedSAE, blocks: Sequence[Block], config: RunConfig) -> list[int]:
-    """Latents of an SAE that no round judged, by the rule by which a round chooses."""
-    counts_M, contexts = torch.zeros(sae.d_sae, dtype=torch.int64), 0
-    for block in blocks:
-        sequences, length = block.tokens_SL.shape
-        layout = layout_contexts([(block.seq_T, block.pos_T)], sequences, length, CONTEXT_TOKENS)
-        counts_M += counted(sae.encode(block.acts_TD(torch.float32, config.hook.name)) > 0, layout.context_T)
-        contexts += layout.n_contexts
-    settings, rng = config.rlaif, np.random.default_rng([config.seed, 7, 0])
-    need = settings.positives + settings.explainer_examples
-    return choose_latents(counts_M.numpy(), contexts, settings.latents, need, settings.max_context_share, rng).tolist()
 
 
 # ---------------------------------------------------------------------- stages
@@ -233,13 +189,15 @@ class Bench:
         (self.out / "latents.json").write_text(json.dumps(latents))
 
     def _core(self) -> None:
-        """FVU, L0, dead share and CE recovered of all, on the same held-out texts."""
+        """FVU, L0, dead share, CE recovered and how often the scored latents are active, on the same held-out texts."""
         config = self._first()
         blocks = self._blocks(config, "heldout", self.sizes.core_blocks)
         placed = {name: PlacedSAE(import_sae(self.out / "saes" / name), config.hook) for name in self.saes}
         recovered = ce_recovered(config.model, first_sequences(blocks, self.sizes.ce_sequences), placed)
         core = {
-            name: asdict(core_metrics(blocks, each)) | {"ce_recovered": recovered[name].recovered_vs_mean}
+            name: asdict(core_metrics(blocks, each))
+            | {"ce_recovered": recovered[name].recovered_vs_mean}
+            | {"active_share": active_shares(each.sae, self.latents()[name], blocks, config.hook.name)}
             for name, each in placed.items()
         }
         (self.out / "core.json").write_text(json.dumps(core, indent=1))
@@ -374,6 +332,7 @@ def conclude(bench: Bench, docs: Path | None, console: Console) -> None:
     lines += [report.told(d) for d in found if d.other != report.REFERENCE]
     lines.append(f"rewards taught {len(taught)} latents, as the training judge trusted their explanations; among them:")
     lines += [report.told(d) for d in among_taught]
+    lines += report.narrowed(core, taught, [MATRYOSHKA])
     for line in lines:
         console.print(line, soft_wrap=True)
     content = {

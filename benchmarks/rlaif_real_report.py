@@ -25,6 +25,7 @@ MEASURES = {
     "sensitivity": "sensitivity",
     "detection": "detection by the training judge",
 }
+NULLS = {"rlaif": "shuffled", "own_cuts": "own_shuffled"}  # the same with the verdicts dealt anew
 HELD_OUT = ("embedding", "all_texts")  # one question, of a few texts and of all
 LEAST_GAIN, FVU_TOLERANCE, L0_TOLERANCE = 0.05, 0.02, 0.02
 RESAMPLES = 4000
@@ -84,7 +85,7 @@ def unpaired(measure: str, one: str, other: str, a: Scores, b: Scores) -> Differ
 
 
 def differences(scores: Mapping[str, Mapping[str, Scores]], others: Sequence[str] = ()) -> list[Difference]:
-    """Every SAE against continued training, and what RLAIF has above shuffled verdicts.
+    """Every SAE against continued training, and what arms have above the same with shuffled verdicts.
 
     Args:
         scores: measure -> SAE -> latent -> score.
@@ -98,8 +99,9 @@ def differences(scores: Mapping[str, Mapping[str, Scores]], others: Sequence[str
             if name != REFERENCE:
                 kind = unpaired if name in others else paired
                 out.append(kind(measure, name, REFERENCE, by_sae[name], by_sae[REFERENCE]))
-        if "rlaif" in by_sae and "shuffled" in by_sae:
-            out.append(paired(measure, "rlaif", "shuffled", by_sae["rlaif"], by_sae["shuffled"]))
+        for name, null in NULLS.items():
+            if name in by_sae and null in by_sae:
+                out.append(paired(measure, name, null, by_sae[name], by_sae[null]))
     return [each for each in out if each is not None]
 
 
@@ -206,6 +208,24 @@ def target_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             f"{which}: {mean:+.3f} ({low:+.3f} to {high:+.3f}, {n} latents), FVU {row['fvu_share']:+.1%}, "
             f"L0 {row['l0_share']:+.1%}: {'met' if row['met'] else 'missed'}"
         )
+    return lines
+
+
+def narrowed(core: Mapping[str, Mapping[str, Any]], taught: Sequence[int], others: Sequence[str] = ()) -> list[str]:
+    """On how many of continued training's tokens the taught latents of each SAE are active: medians over latents.
+
+    Args:
+        others: SAEs whose latents are not the reference's.
+    """
+    about = {name: each.get("active_share", {}) for name, each in core.items() if name not in others}
+    lines = []
+    for name, share in about.items():
+        of = {str(latent): at for latent, at in about.get(REFERENCE, {}).items()}
+        mine = {str(latent): at for latent, at in share.items()}
+        pairs = [(mine[key], of[key]) for key in map(str, taught) if key in mine and of.get(key)]
+        if name != REFERENCE and pairs:
+            middle = float(np.median([one / other for one, other in pairs]))
+            lines.append(f"{name}: active on {middle:.2f} of {REFERENCE}'s tokens, n {len(pairs)}")
     return lines
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from sae_ray.judge.scores import mean_estimate
 
 configs = load("rlaif_real_configs")
 report = load("rlaif_real_report")
+match = load("rlaif_real_match")
 bench = load("rlaif_real")
 
 
@@ -52,7 +54,7 @@ def test_every_sae_is_held_against_continued_training_and_rlaif_against_shuffled
     scores = {
         "embedding": {
             "continued": of([0.5, 0.6]), "rlaif": of([0.7, 0.7]), "shuffled": of([0.6, 0.6]),
-            "matryoshka": of([0.9], first=50),
+            "matryoshka": of([0.9], first=50), "own_cuts": of([0.8, 0.9]), "own_shuffled": of([0.8, 0.8]),
         },
         "detection": {"rlaif": of([0.7])},  # nothing to compare with yet
     }  # fmt: skip
@@ -62,7 +64,10 @@ def test_every_sae_is_held_against_continued_training_and_rlaif_against_shuffled
         ("rlaif", "continued"): (0.15, True),
         ("shuffled", "continued"): (0.05, True),
         ("matryoshka", "continued"): (0.35, False),
+        ("own_cuts", "continued"): (0.3, True),
+        ("own_shuffled", "continued"): (0.25, True),
         ("rlaif", "shuffled"): (0.1, True),
+        ("own_cuts", "own_shuffled"): (0.05, True),
     }
 
 
@@ -139,18 +144,37 @@ def test_the_plot_is_an_image_with_every_difference_and_infinite_intervals_stay_
 def test_the_threshold_gives_the_wanted_l0(k):
     pre_TM = torch.randn(300, 40, generator=torch.Generator().manual_seed(k)) + 0.3
     pre_TM[0] += 5  # one token with nearly all of its latents above everything else
-    cut = bench.threshold_at(list(pre_TM.split(100)), k)
+    cut = match.threshold_at(list(pre_TM.split(100)), k)
     assert int((pre_TM >= cut).sum()) == k * 300
 
 
 def test_a_threshold_is_never_below_zero():
-    assert bench.threshold_at([torch.randn(50, 4, generator=torch.Generator().manual_seed(0))], 4) == 0.0
+    assert match.threshold_at([torch.randn(50, 4, generator=torch.Generator().manual_seed(0))], 4) == 0.0
 
 
 def test_contexts_are_counted_once_for_each_latent():
     active_TM = torch.tensor([[1, 0], [1, 1], [0, 0], [1, 0]], dtype=torch.bool)
-    counts = bench.counted(active_TM, torch.tensor([0, 0, 1, 2]))
+    counts = match.counted(active_TM, torch.tensor([0, 0, 1, 2]))
     assert counts.tolist() == [2, 1]
+
+
+def test_the_share_of_tokens_on_which_latents_are_active_is_over_all_blocks():
+    acts_TD = torch.tensor([[0.0, 2.0, 0.0], [1.0, 2.0, 0.0]])
+    blocks = [SimpleNamespace(acts_TD=lambda dtype, hook, x_TD=x_TD: x_TD) for x_TD in (acts_TD, acts_TD[:1])]
+    found = match.active_shares(SimpleNamespace(encode=lambda x_TD: x_TD), [0, 1], blocks, "h")
+    assert found == {0: pytest.approx(1 / 3), 1: 1.0}
+
+
+def test_what_became_narrower_is_said_as_a_median_over_taught_latents():
+    # Read from a file, keys are strings.
+    core = {
+        "continued": {"active_share": {"1": 0.2, "2": 0.1, "3": 0.4, "4": 0.0}},
+        "rlaif": {"active_share": {1: 0.1, 2: 0.04, 3: 0.36, 4: 0.1}},
+        "shuffled": {},  # measured before there was such a thing
+        "matryoshka": {"active_share": {"1": 0.5}},
+    }
+    lines = report.narrowed(core, [1, 2, 3, 4], ["matryoshka"])
+    assert lines == ["rlaif: active on 0.50 of continued's tokens, n 3"]
 
 
 def test_arms_differ_from_the_first_in_nothing_but_their_own_keys():
@@ -197,8 +221,6 @@ def test_stages_are_skipped_where_their_results_are(tmp_path):
 
 
 def test_all_texts_are_asked_about_but_those_that_made_the_explanation():
-    from types import SimpleNamespace
-
     texts = load("rlaif_real_texts")
     rng = np.random.default_rng(0)
     tokens_SL = rng.integers(0, 50, size=(40, 8)).astype(np.int32)
@@ -218,8 +240,6 @@ def test_all_texts_are_asked_about_but_those_that_made_the_explanation():
 
 
 def test_with_labels_the_embedding_tells_what_it_holds_and_no_more():
-    from types import SimpleNamespace
-
     texts = load("rlaif_real_texts")
     rng = np.random.default_rng(0)
     tokens_SL = rng.integers(0, 50, size=(400, 8)).astype(np.int32)
