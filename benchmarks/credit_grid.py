@@ -110,6 +110,15 @@ def controls(seed: int) -> list[Cell]:
     return cells + BATCHTOPK.cells(seed, [DEFAULT], (USUAL[BATCHTOPK],), explanation_noise=0.2)
 
 
+def explanations(seed: int) -> list[Cell]:
+    """Explanations as a run chooses them, for verdicts that err and count, instead of by labels that nobody has."""
+    cells = BATCHTOPK.cells(seed, [DEFAULT], (USUAL[BATCHTOPK],), explain="specific")
+    cells += BATCHTOPK.cells(seed, [DEFAULT], (USUAL[BATCHTOPK],), explain="specific", shuffled=True)
+    cells += BATCHTOPK.cells(seed, [DEFAULT], (USUAL[BATCHTOPK],), explain="specific", verdicts=2048)
+    cells += MATRYOSHKA.cells(seed, [DEFAULT], (USUAL[MATRYOSHKA],), explain="specific")
+    return cells + FAMILIES.cells(seed, [DEFAULT], (0.1,), explain="specific")
+
+
 def estimators(seed: int) -> list[Cell]:
     return BATCHTOPK.cells(seed, OTHERS, (0.03, 0.1))
 
@@ -207,7 +216,7 @@ def smoke(seed: int) -> list[Cell]:
 # ---------------------------------------------------------------------- grids
 
 
-DECIDING = (teacher, parents, parents_at_8, controls, estimators, budgets, at_l0_4, combined)
+DECIDING = (teacher, parents, parents_at_8, controls, explanations, estimators, budgets, at_l0_4, combined)
 GRIDS: dict[str, tuple[Callable[[int], list[Cell]], ...]] = {
     "smoke": (smoke,),
     "deciding": DECIDING,

@@ -25,7 +25,10 @@ WITHOUT_PATH = ("base", "probes", "verdict_probes")
 PHRASES: dict[str, Callable[[Any], str]] = {
     "shuffled": lambda _: "shuffled verdicts",
     "frozen_decoder": lambda _: "frozen decoder",
-    "explain": lambda _: "explained against random negatives",
+    "explain": {
+        "random_negatives": "explained against random negatives",
+        "specific": "explained by candidates that compete on verdicts",
+    }.__getitem__,
     "verdicts": lambda n: f"{n} verdicts",
     "noise": lambda p: f"{p:.0%} flipped",
     "delay_steps": lambda n: f"{n} steps late",

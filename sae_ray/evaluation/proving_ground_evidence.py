@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from sae_ray.evaluation.proving_ground_choice import choose
 from sae_ray.evaluation.synthetic_judge import Explaining, OracleJudge
 from sae_ray.reward.credit import RewardBatch
 from sae_ray.reward.evidence import ContextLayout
@@ -43,8 +44,9 @@ class Asking:
     """How a round asks.
 
     Attributes:
-        verdicts: per latent; half on active samples, a quarter on near misses, a quarter on other inactive ones.
-        explain: see `OracleJudge.explain`.
+        verdicts: per latent; half of those that teach are on active samples, a quarter on near misses, a quarter on
+            other inactive ones.
+        explain: see `OracleJudge.explain` and, for "specific", `proving_ground_choice.choose`: half of the verdicts.
         explain_texts: samples of the pool that explanations are chosen on.
         shuffled: deal the verdicts of each kind of row anew over all latents: a null that keeps their rates.
     """
@@ -54,9 +56,16 @@ class Asking:
     explain_texts: int = 2000
     shuffled: bool = False
 
+    @property
+    def choosing(self) -> int:
+        """Verdicts per latent that choose its explanation."""
+        return self.verdicts // 2 if self.explain == "specific" else 0
+
 
 def explained(judge: OracleJudge, asking: Asking, margin_TM: torch.Tensor, pool: Pool) -> torch.Tensor:
     """The feature that each latent is taken for, int64 [M]."""
+    if asking.explain == "specific":
+        return choose(judge, margin_TM, pool.on_TF, asking.choosing)
     n_texts = asking.explain_texts
     return judge.explain(margin_TM[:n_texts] >= 0, pool.on_TF[:n_texts], asking.explain)
 
@@ -83,7 +92,7 @@ def ask(
     count_M = active_TM.sum(0)
     judged = torch.nonzero((count_M >= MIN_ACTIVE) & (count_M <= len(active_TM) - MIN_ACTIVE)).flatten().numpy()
     margin_MT = margin_TM.T.contiguous().numpy()  # columns would be read a number per cache line
-    drawn = [draw_rows(margin_MT[latent], asking.verdicts, rng) for latent in judged]
+    drawn = [draw_rows(margin_MT[latent], asking.verdicts - asking.choosing, rng) for latent in judged]
     sample, kind, weight = (np.concatenate([rows[i] for rows in drawn]) for i in range(3))
     row_latent = np.repeat(judged, [len(rows[0]) for rows in drawn])
     sample_V = torch.from_numpy(sample)

@@ -17,8 +17,8 @@ from sae_ray.errors import UserError
 from sae_ray.evaluation.synthetic_matching import best_by_f1
 from sae_ray.evaluation.synthetic_worlds import Forest
 
-Explaining = Literal["f1", "random_negatives"]
-SHOWN = 12  # active, and as many random, samples that the naive explainer compares
+Explaining = Literal["f1", "specific", "random_negatives"]
+SHOWN = 12  # active, and as many random, samples that an explainer who reads compares
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,28 @@ class OracleJudge:
     # ------------------------------------------------------------------ explanations
 
     def explain(self, fires_NM: torch.Tensor, on_NF: torch.Tensor, how: Explaining = "f1") -> torch.Tensor:
-        """The feature that each latent is taken for, int64 [M].
+        """The feature that each latent is taken for, int64 [M]; "specific" is `proving_ground_choice`'s.
 
-        "f1": the one with the best F1 against the latent's firing at the natural prior, over all samples.
+        "f1": the one with the best F1 against the latent's firing at the natural prior, over all samples: true
+        labels of all features, without an error and for no verdict. No judge knows them: it is a ceiling of explaining.
         "random_negatives": the one whose share among SHOWN active samples exceeds that among SHOWN random inactive
         ones the most. A child's parent is as frequent there as the child: this is the explainer that RESEARCH.md
         section 1 warns of.
         """
         self.texts_read += len(fires_NM)
         found_M = best_by_f1(fires_NM, on_NF) if how == "f1" else self._by_contrast(fires_NM, on_NF)
+        return self.misnamed(found_M)
+
+    def candidates(self, active: torch.Tensor, on_NF: torch.Tensor, n: int) -> torch.Tensor:
+        """The `n` features, int64 [n], that these active samples show most often more than SHOWN random ones do; those
+        that tie are in any order."""
+        self.texts_read += len(active)
+        others = torch.randint(len(on_NF), (SHOWN,), generator=self._generator)
+        contrast_F = on_NF[active].double().mean(0) - on_NF[others].double().mean(0)
+        return (contrast_F + 1e-6 * torch.rand(contrast_F.shape, generator=self._generator)).topk(n).indices
+
+    def misnamed(self, found_M: torch.Tensor) -> torch.Tensor:
+        """The features in place, some replaced by a relative as often as `errors.explanation` says."""
         wrong_M = torch.rand(len(found_M), generator=self._generator) < self.errors.explanation
         for latent in torch.nonzero(wrong_M).flatten().tolist():
             relatives = self._relatives[int(found_M[latent])]

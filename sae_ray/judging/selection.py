@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from sae_ray.evidence.examples import for_scorer
-from sae_ray.evidence.types import Contexts, LatentEvidence, side_of
+from sae_ray.evidence.types import Contexts, Example, LatentEvidence, side_of
 from sae_ray.judge.explainers.base import Explanation
 from sae_ray.judge.scorers.base import Verdicts
 from sae_ray.judge.scores import soft_f1
-from sae_ray.reward.specificity import most_specific
+from sae_ray.reward.specificity import Judged, JudgedTexts, choose_specific, far_ratio
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ async def choose(
     probability: Callable[[float], float],
     n: int,
 ) -> list[Chosen | None]:
-    """The candidate with the best soft F1 at the natural prior for each latent; None where there is none.
+    """The most specific candidate for each latent (`reward.specificity`); None where there is none.
 
     Args:
         latents: with the texts that choose only (`halves`).
@@ -64,10 +64,36 @@ async def choose(
         for candidate in offered
     ]
     answers = await _ask(judge, asked)
-    return [
-        _choice(latent, some, list(offered), contexts, answers, probability)
-        for latent, some, offered in zip(latents, examples, candidates, strict=True)
+    told = [
+        [_told(some, candidate, contexts, answers, probability) for candidate in offered] if len(offered) > 1 else []
+        for some, offered in zip(examples, candidates, strict=True)
     ]
+    texts = [_texts(some) for some in examples]
+    ratio = far_ratio(zip(told, texts, strict=True))
+    return [
+        _choice(latent.latent, some, list(offered), contexts, answers, each, judged, ratio)
+        for latent, some, offered, each, judged in zip(latents, examples, candidates, told, texts, strict=True)
+    ]
+
+
+def _texts(examples: Sequence[Example]) -> JudgedTexts:
+    return JudgedTexts(
+        np.array([example.active for example in examples], dtype=bool),
+        np.array([example.weight for example in examples]),
+        np.array([example.stratum for example in examples]),
+    )
+
+
+def _told(
+    examples: Sequence[Example],
+    candidate: Explanation,
+    contexts: Contexts,
+    answers: dict[tuple[str, str], float | None],
+    probability: Callable[[float], float],
+) -> np.ndarray:
+    """float64 [V]: P(the explanation holds) of each text; NaN where the answer is missing."""
+    values = [answers[contexts.text(example.context), candidate.text] for example in examples]
+    return np.array([np.nan if value is None else probability(value) for value in values])
 
 
 async def _ask(judge: Verdicts, asked: Sequence[tuple[str, str]]) -> dict[tuple[str, str], float | None]:
@@ -77,35 +103,34 @@ async def _ask(judge: Verdicts, asked: Sequence[tuple[str, str]]) -> dict[tuple[
 
 
 def _choice(
-    latent: LatentEvidence,
-    examples: list[Any],
+    latent: int,
+    examples: Sequence[Example],
     offered: list[Explanation],
     contexts: Contexts,
     answers: dict[tuple[str, str], float | None],
-    probability: Callable[[float], float],
+    probabilities: list[np.ndarray],
+    texts: JudgedTexts,
+    ratio: float | None,
 ) -> Chosen | None:
     if not offered:
         return None
-    active = np.array([example.active for example in examples])
-    weight = np.array([example.weight for example in examples])
+    active, weight = texts.active, texts.weight
     if len(offered) == 1 or not active.any() or active.all():
         return Chosen(offered[0], [(each, float("nan")) for each in offered], [])
     rows: list[dict[str, Any]] = []
-    probabilities = []
-    for candidate in offered:
-        values = [answers[contexts.text(example.context), candidate.text] for example in examples]
-        told = [None if value is None else probability(value) for value in values]
-        probabilities.append(np.array([np.nan if each is None else each for each in told]))
-        rows += [
-            {
-                "latent": latent.latent, "explanation": candidate.text, "context": example.context,
-                "stratum": example.stratum, "weight": example.weight, "purpose": "select",
-                "raw": value, "probability": each,
-            }
-            for example, value, each in zip(examples, values, told, strict=True)
-        ]  # fmt: skip
-    kind = np.array([example.stratum for example in examples])
-    winner = most_specific(probabilities, [len(each.text.split()) for each in offered], active, weight, kind)
+    for candidate, probability_N in zip(offered, probabilities, strict=True):
+        for example, probability in zip(examples, probability_N.tolist(), strict=True):
+            raw = answers[contexts.text(example.context), candidate.text]
+            rows.append(
+                {
+                    "latent": latent, "explanation": candidate.text, "context": example.context,
+                    "stratum": example.stratum, "weight": example.weight, "purpose": "select",
+                    "raw": raw, "probability": None if raw is None else probability,
+                }
+            )  # fmt: skip
+    rivals = [Judged(each, len(candidate.text.split())) for each, candidate in zip(probabilities, offered, strict=True)]
+    chosen = choose_specific(rivals, texts, ratio)
+    winner = 0 if chosen is None else chosen.index
     scores = []
     for told_N in probabilities:
         known = np.isfinite(told_N)

@@ -17,7 +17,7 @@ import numpy as np
 from sae_ray.judge.scores import auroc, shuffled_explanations
 from sae_ray.reward.composition import LatentReward
 from sae_ray.reward.evidence import POSITIVE, LatentPlan, PlannedVerdict
-from sae_ray.reward.specificity import Fit, Judged, JudgedTexts, choose_specific
+from sae_ray.reward.specificity import Fit, Judged, JudgedTexts, choose_specific, far_ratio
 
 
 @dataclass(frozen=True)
@@ -98,21 +98,26 @@ async def compete(
     for (plan, candidate, verdict), value in zip(asked, raw, strict=True):
         by_candidate.setdefault((plan.latent, candidate.text), []).append((verdict, value))
 
-    choices, rows = [], []
+    competing = []
     for plan, candidates in jobs:
         judged = [by_candidate.get((plan.latent, candidate.text), []) for candidate in candidates]
         probabilities = [
             np.array([np.nan if value is None else judge.probability(candidate.text, value) for _, value in verdicts])
             for candidate, verdicts in zip(candidates, judged, strict=True)
         ]
-        active = np.array([verdict.kind == POSITIVE for verdict, _ in judged[0]])
-        weight = np.array([verdict.weight for verdict, _ in judged[0]])
-        kind = np.array([verdict.kind for verdict, _ in judged[0]])
+        texts_judged = JudgedTexts(
+            np.array([verdict.kind == POSITIVE for verdict, _ in judged[0]], dtype=bool),
+            np.array([verdict.weight for verdict, _ in judged[0]]),
+            np.array([verdict.kind for verdict, _ in judged[0]]),
+        )
+        competing.append((plan, candidates, judged, probabilities, texts_judged))
+    ratio = far_ratio((probabilities, texts_judged) for *_, probabilities, texts_judged in competing)
+
+    choices, rows = [], []
+    for plan, candidates, judged, probabilities, texts_judged in competing:
         words = [len(candidate.text.split()) for candidate in candidates]
-        chosen = None
-        if len(active):
-            rivals = [Judged(each, length) for each, length in zip(probabilities, words, strict=True)]
-            chosen = choose_specific(rivals, JudgedTexts(active, weight, kind))
+        rivals = [Judged(each, length) for each, length in zip(probabilities, words, strict=True)]
+        chosen = choose_specific(rivals, texts_judged, ratio)
         # The first candidate where nothing can be compared.
         winner, fits = (0, (None,) * len(candidates)) if chosen is None else (chosen.index, chosen.fits)
         choices.append(Choice(plan, candidates[winner], tuple(candidates), fits))

@@ -12,12 +12,13 @@ from sae_ray.errors import UserError
 from sae_ray.evaluation import proving_ground_base, proving_ground_controls, synthetic_worlds
 from sae_ray.evaluation.proving_ground import Cell, fine_tune, run_cell
 from sae_ray.evaluation.proving_ground_base import Base, Ground, pretrained
+from sae_ray.evaluation.proving_ground_choice import choose
 from sae_ray.evaluation.proving_ground_controls import Probes, TruthGate
 from sae_ray.evaluation.proving_ground_evidence import ACTIVE, NEAR, RANDOM, Asking, ask, draw_rows
 from sae_ray.evaluation.proving_ground_readout import full_metrics, main_metrics, readout
-from sae_ray.evaluation.proving_ground_rounds import Rounds
+from sae_ray.evaluation.proving_ground_rounds import Rounds, margin
 from sae_ray.evaluation.synthetic_judge import JudgeErrors, OracleJudge
-from sae_ray.evaluation.synthetic_matching import best_features
+from sae_ray.evaluation.synthetic_matching import best_by_f1, best_features
 from sae_ray.reward.credit import ESTIMATORS, RewardBatch
 from sae_ray.reward.verdict_memory import VerdictMemory
 from sae_ray.trainer.sharded_sae import CreditParams
@@ -279,3 +280,29 @@ def test_settings_that_came_later_leave_the_keys_of_finished_cells_as_they_were(
     cell = Cell(Base(k=8), "teacher_gate", k=8, gamma=0.03)
     assert cell.key == "af0036b57e6e"
     assert replace(cell, keep_rounds=1).key != cell.key
+
+
+def test_candidates_that_compete_on_verdicts_name_the_right_feature_and_stay_within_the_budget(ground, base):
+    """Without errors they find what the oracle of all labels does, for most latents; with errors for fewer."""
+    pool = ground.pool(2000, 0)
+    margin_TM = margin(base, pool)
+    fires_TM = margin_TM >= 0
+    best_M = best_by_f1(fires_TM, pool.on_TF)
+    explained_M = (fires_TM.sum(0) >= 20).numpy()
+    agree = []
+    for flipped in (0.0, 0.3):
+        judge = OracleJudge(ground.world.forest, JudgeErrors(verdict=flipped), seed=1)
+        found_M = choose(judge, margin_TM, pool.on_TF, verdicts=256)
+        assert judge.verdicts_spent <= 256 * len(best_M)
+        assert judge.verdicts_spent > 128 * explained_M.sum()
+        agree.append(float((found_M == best_M).numpy()[explained_M].mean()))
+    assert agree[0] > 0.8
+    assert agree[1] < agree[0]
+
+
+def test_half_of_the_verdicts_choose_where_candidates_compete(ground, base):
+    pool = ground.pool(2000, 0)
+    judge = OracleJudge(ground.world.forest, JudgeErrors(), seed=1)
+    rows = ask(judge, Asking(128, "specific"), margin(base, pool), pool, 0, 0, np.random.default_rng(0))
+    assert np.bincount(rows.row_latent).max() == 64
+    assert judge.verdicts_spent <= 128 * len(base.b_enc_m)

@@ -4,7 +4,16 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from sae_ray.reward.specificity import Judged, JudgedTexts, Kept, Pair, choose_specific, without_shared
+from sae_ray.reward.specificity import (
+    BORROWED,
+    Judged,
+    JudgedTexts,
+    Kept,
+    Pair,
+    choose_specific,
+    far_ratio,
+    without_shared,
+)
 
 POSITIVES, NEAR, SIBLINGS, RANDOMS = 6, 4, 5, 5
 TEXTS = JudgedTexts(
@@ -38,7 +47,8 @@ def test_a_broader_explanation_never_beats_a_more_specific_one_of_equal_recall(n
     order = data.draw(st.permutations(range(2 + len(others))))
     everyone = [narrow, broad, *others]
     lengths = data.draw(st.lists(st.floats(1, 9), min_size=len(everyone), max_size=len(everyone)))
-    chosen = choose_specific(candidates(*(everyone[i] for i in order), lengths=lengths), TEXTS)
+    ratio = data.draw(st.none() | st.floats(0.1, 1))
+    chosen = choose_specific(candidates(*(everyone[i] for i in order), lengths=lengths), TEXTS, ratio)
     assert order[chosen.index] != 1
     assert chosen.fits[order.index(0)].f1 >= chosen.fits[order.index(1)].f1
 
@@ -114,12 +124,53 @@ def test_certainty_of_being_bad_does_not_win():
     broad, good = by_kind(1, 0.5, 0.5, 0.5), by_kind(0.85, 0, 0, 0)
     chosen = choose_specific(candidates(broad, good), TEXTS)
     assert chosen.fits[1].f1_error > chosen.fits[1].f1 - chosen.fits[0].f1
-    assert chosen.index == chosen.best_supported == 1
+    assert chosen.index == 1
 
 
-def test_near_equals_go_to_the_more_specific_and_then_to_the_shorter():
-    a, b = by_kind(0.9, 0.2, 0.2, 0.01), by_kind(0.89, 0.1, 0.1, 0.01)
-    assert choose_specific(candidates(a, b), TEXTS).index == 1
+def test_random_texts_borrow_from_near_ones_what_the_round_tells():
+    p = np.random.default_rng(3).random(N)
+    near = np.isin(TEXTS.kind, ("near_miss", "sibling"))
+    filled = p.copy()
+    far = TEXTS.kind == "random"
+    filled[far] = (RANDOMS * p[far].mean() + BORROWED * 0.3 * p[near].mean()) / (RANDOMS + BORROWED)
+    fit = choose_specific(candidates(p), TEXTS, ratio=0.3).fits[0]
+    plain = choose_specific(candidates(filled), TEXTS).fits[0]
+    assert (fit.f1, fit.recall, fit.breadth) == pytest.approx((plain.f1, plain.recall, plain.breadth))
+    only_far = JudgedTexts(TEXTS.active[~near], TEXTS.weight[~near], TEXTS.kind[~near])
+    alone = [choose_specific(candidates(p[~near]), only_far, ratio).fits[0].f1 for ratio in (None, 0.3)]
+    assert alone[0] == alone[1], "nothing to borrow from"
+
+
+def test_the_ratio_is_of_all_candidates_that_were_asked_on_both():
+    first, second = by_kind(1, 0.4, 0.4, 0.1), by_kind(1, 0.2, 0.2, 0.05)
+    blind = by_kind(1, 0.9, 0.9, np.nan)
+    assert far_ratio([([first, blind], TEXTS), ([second], TEXTS)]) == pytest.approx(0.15 / 0.6)
+    assert far_ratio([([by_kind(1, 0.1, 0.1, 0.3)], TEXTS)]) == 1
+    assert far_ratio([([blind], TEXTS)]) is None
+    assert far_ratio([]) is None
+
+
+def test_what_the_round_tells_keeps_parents_from_winning_by_a_few_wrong_verdicts():
+    """A child among its siblings, 10% of the verdicts wrong: without the round a few of them decide."""
+    n, rng = 8, np.random.default_rng(4)
+    kind = np.repeat(["positive", "near_miss", "sibling", "random"], n)
+    texts = JudgedTexts(kind == "positive", np.repeat([300.0, 1500, 1200, 27_000], n) / n, kind)
+    chances = {"child": (0.8, 0.02, 0.02, 0.001), "parent": (1.0, 0.5, 0.6, 0.03)}
+
+    def told(name: str) -> np.ndarray:
+        return ((rng.random(4 * n) < np.repeat(chances[name], n)) ^ (rng.random(4 * n) < 0.1)).astype(float)
+
+    judged = [([told("parent"), told("child")], texts) for _ in range(300)]
+    ratio = far_ratio(judged)
+    parents = [
+        np.mean([choose_specific(candidates(*told), texts, r).index == 0 for told, _ in judged]) for r in (None, ratio)
+    ]
+    assert parents[0] > 0.2
+    assert parents[1] < 0.05
+
+
+def test_equals_go_to_the_shorter_and_then_to_the_first():
+    a = by_kind(0.9, 0.2, 0.2, 0.01)
     assert choose_specific(candidates(a, a, a, lengths=[9, 2, 2]), TEXTS).index == 1
 
 
