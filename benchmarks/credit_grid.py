@@ -160,6 +160,7 @@ def sweep(seed: int) -> list[Cell]:
             asked: dict[str, Any] = {"verdicts": verdicts, "noise": noise, **HALF}
             cells.append(SMALL.cell(seed, "verdict_probes", **asked))
             cells += SMALL.cells(seed, COMPARED, (0.03,), **asked)
+            cells += SMALL.cells(seed, [DEFAULT], (0.03,), **asked, shuffled=True)
     for delay in DELAYS[1:]:
         cells += SMALL.cells(seed, COMPARED, (0.03,), **SWEPT, **HALF, delay_steps=delay)
     return cells
@@ -231,7 +232,7 @@ LEFT_OUT = {
         "The large world.",
     ],
     "sweep": [
-        "Staleness but at 256 verdicts and 10% noise, gammas but .03, shuffled verdicts, true labels.",
+        "Staleness but at 256 verdicts and 10% noise, gammas but .03, shuffled verdicts of others, true labels.",
         "Worlds but the small one: grid `deciding`.",
     ],
     "full": [

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from credit_grid import COMPARED, DELAYS, HALF, NOISES, SMALL, SWEPT, VERDICTS
-from credit_rows import WITH_GAMMA, Results, label, markdown, mean, start_of, values
+from credit_grid import COMPARED, DEFAULT, DELAYS, HALF, NOISES, SMALL, SWEPT, VERDICTS
+from credit_rows import WITH_GAMMA, Results, differences, interval, label, markdown, start_of
 
 METHODS = (*COMPARED, "verdict_probes")
 INTRODUCTION = """\
-Gains over continued training of the same seed at L0 {k}: F1 / MCC / EV, means over seeds, whose number stands in
-brackets. Cells are half as long as others ({steps} steps, {pool} samples a round). A dash: not run."""
+Gains over continued training of the same seed at L0 {k}: F1 / MCC / EV, means over seeds ± half the 95% t interval; the
+number of seeds stands in brackets. They are not at equal EV: what is paid is the third number. Cells are half as long
+as others ({steps} steps, {pool} samples a round). A dash: not run."""
 
 
 def is_sweep(start: str) -> bool:
@@ -32,7 +33,11 @@ def sweep_tables(results: Results) -> list[str]:
 
 
 def _table(results: Results, columns: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    rows = [(method, *(_gains(results, _cell(method, **asked)) for _, asked in columns)) for method in METHODS]
+    asked_of = [*((method, {}) for method in METHODS), (DEFAULT, {"shuffled": True})]
+    rows = [
+        (label(_cell(method, **more)), *(_gains(results, _cell(method, **asked, **more)) for _, asked in columns))
+        for method, more in asked_of
+    ]
     return markdown(("method", *(title for title, _ in columns)), rows)
 
 
@@ -42,9 +47,8 @@ def _gains(results: Results, cell: Mapping[str, Any]) -> str:
     if not found:
         return "-"
     continued = results.rows(start, "continued", 0.0, SMALL.k)
-    pairs = {seed: continued[seed] for seed in found if seed in continued}
-    gains = [mean(values(found, key)) - mean(values(pairs, key)) for key in ("f1", "mcc", "ev")]
-    return " / ".join(format(gain, "+.3f") for gain in gains) + f" ({len(pairs)})"
+    gains = [interval(differences(found, continued, key), signed=True) for key in ("f1", "mcc", "ev")]
+    return " / ".join(gains) + f" ({len(found.keys() & continued.keys())})"
 
 
 def _cell(method: str, **changes: Any) -> dict[str, Any]:

@@ -29,6 +29,7 @@ COMBINED_2048 = (
 EV_SLACK = 0.01  # what the issue calls equal EV
 NO_GAIN = 0.005  # of F1: less than two seeds of continued training differ by
 COLLAPSE_SLACK = 0.01  # of the latents
+L0_SLACK = 0.005  # a share: what has fewer positive pre-activations than the L0 is not compared at it
 
 
 class Finding(NamedTuple):
@@ -71,21 +72,22 @@ def _at_least(results: Results, start: str, name: str, least: float, level: floa
         rows = found(of)
         if not rows:
             return ""
-        ev = "" if level is not None else f" at EV {interval(values(rows, 'ev'))}"
-        return f"F1 {interval(values(rows, 'f1'))}, MCC {interval(values(rows, 'mcc'))}{ev}{_seeds(rows)}"
+        at = "" if level is not None else f" at EV {interval(values(rows, 'ev'))}"
+        at += "" if _full(rows, l0) else f" and only L0 {interval(values(rows, 'l0'))}"
+        return f"F1 {interval(values(rows, 'f1'))}, MCC {interval(values(rows, 'mcc'))}{at}{_seeds(rows)}"
 
     rows = found(name)
     lowest = min(mean(values(rows, "f1")), mean(values(rows, "mcc"))) if rows else math.nan
     where = f" at EV {level:.2f}" if level is not None else ""
     what = f"{start}, {name}: F1 and MCC at least {least:.2f}{where}, L0 {l0}"
-    return Finding(what, said(name), said(_shuffled(results, start, name)), said(TRUTH), _met(lowest, lowest >= least))
+    met = _met(lowest, lowest >= least and _full(rows, l0))
+    own = results.shuffled(start, name) if name in results.cells.get(start, {}) else ""
+    return Finding(what, said(name), said(own), said(TRUTH), met)
 
 
-def _shuffled(results: Results, start: str, name: str) -> str:
-    """The same cells with shuffled verdicts; the usual ones' where these have none of their own."""
-    cells = results.cells.get(start, {})
-    own = results.shuffled(start, name) if name in cells else SHUFFLED
-    return own if own in cells else SHUFFLED
+def _full(rows: dict[int, Row], l0: float) -> bool:
+    """Whether there were as many positive pre-activations as the L0 asks for."""
+    return not rows or mean(values(rows, "l0")) >= (1 - L0_SLACK) * l0
 
 
 def _over_matryoshka(results: Results) -> Finding:

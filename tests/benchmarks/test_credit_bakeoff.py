@@ -224,6 +224,13 @@ def test_the_combination_is_held_against_its_own_shuffled_verdicts_and_with_more
     assert found[1].shuffled == "F1 0.740 ± 0.000, MCC 0.750 ± 0.000 (3 seeds)"
     assert found[3].measured == "F1 0.840 ± 0.000, MCC 0.830 ± 0.000 at EV 0.600 ± 0.000 (3 seeds)"
     assert found[0].met is found[2].met is None
+    assert found[3].shuffled == "", "other verdicts' null is not its own"
+    for cell in cells:
+        if cell["cell"]["verdicts"] == 2048:
+            cell["matched"]["8"]["l0"] = 7.2
+    short = targets.targets(rows.Results(cells))[3]
+    assert short.met is False
+    assert "and only L0 7.200" in short.measured
 
 
 def test_matryoshka_is_beaten_only_at_an_ev_within_a_hundredth():
@@ -288,5 +295,5 @@ def test_the_sweep_has_tables_of_its_own_with_gains_paired_by_seed():
     text = report.report("sweep", grid.by_stage("sweep", [0, 1, 2], {}), records)
     assert "## Targets" not in text
     row = next(line for line in text.split("20% flipped:")[1].splitlines() if line.startswith("| teacher_gate |"))
-    assert row == "| teacher_gate | - | - | - | +0.050 / +0.030 / -0.050 (2) |"
+    assert row == "| teacher_gate | - | - | - | +0.050 ± 0.635 / +0.030 ± 0.000 / -0.050 ± 0.000 (2) |"
     assert "F1 - continued" not in text
