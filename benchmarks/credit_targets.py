@@ -169,8 +169,8 @@ def _no_gain(results: Results, start: str, l0: int) -> Finding:
 
 
 def _collapse(results: Results) -> Finding:
-    """Everywhere; the largest share over gammas counts."""
-    starts = [start_name(start) for start in (BATCHTOPK, MATRYOSHKA, FAMILIES)]
+    """Wherever the default and continued training were run; the largest share over gammas counts."""
+    starts = [start for start, of in results.cells.items() if DEFAULT in of and "continued" in of]
 
     def shares(start: str, of: str) -> list[float]:
         rows = [results.rows(start, of, gamma, 4) for gamma in results.gammas(start, of)]  # one number for all L0s
@@ -186,7 +186,7 @@ def _collapse(results: Results) -> Finding:
                 f"{start}: {max(own):.1%}, continued {max(none):.1%}"
                 + (f", against random negatives {max(broad):.1%}" if broad else "")
             )
-    worst = max(excess) if len(excess) == len(starts) else math.nan
+    worst = max(excess, default=math.nan)
     what = "the default makes no more children's latents their parents' than continued training does"
     return Finding(what, "; ".join(parts), "", "", _met(worst, worst <= COLLAPSE_SLACK))
 

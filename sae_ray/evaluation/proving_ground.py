@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import normalize
 
 from sae_ray.errors import UserError
 from sae_ray.evaluation.proving_ground_base import (
@@ -216,7 +217,11 @@ def fine_tune(
             index = step // per_round
             feature_M = best_features(trainer.W_dec_mD, ground.truth.directions_FD)
             if cell.method in ESTIMATORS:
-                pending.append((step + cell.delay_steps, *rounds.judged(trainer, step, index)))
+                rows, pool = rounds.judged(trainer, step, index)
+                if cell.delay_steps:  # evidence is of the latents as they were judged, not as they will be
+                    judged_ND = normalize(trainer.W_enc_mD[torch.from_numpy(rows.latents)], dim=1)
+                    rows = rows.judged_at(rows.latents, judged_ND.numpy())
+                pending.append((step + cell.delay_steps, rows, pool))
         while pending and pending[0][0] <= step:
             _, rows, pool = pending.pop(0)
             x_TD = trainer.scaled(pool.x_TD)

@@ -100,10 +100,11 @@ def test_a_finished_cell_is_not_run_again(tmp_path, monkeypatch, capsys):
 
 
 def test_a_worker_ends_with_the_process_that_started_it():
-    code = "import os, sys, threading; sys.path[:0] = sys.argv[2:]; import credit; credit._end_with(int(sys.argv[1]))"
-    worker = subprocess.Popen([sys.executable, "-c", code, str(os.getpid() + 1), *sys.path], stderr=subprocess.PIPE)
+    code = "import os, sys, threading; sys.path[:0] = sys.argv[2:]; import credit; print('here', flush=True); credit._end_with(int(sys.argv[1]))"
+    worker = subprocess.Popen([sys.executable, "-c", code, str(os.getpid() + 1), *sys.path], stdout=subprocess.PIPE)
     try:
-        assert worker.wait(timeout=180) == 1, worker.stderr.read().decode()
+        assert worker.wait(timeout=180) == 1
+        assert worker.stdout.read() == b"here\n"
     finally:
         worker.kill()
 
@@ -169,6 +170,7 @@ def test_an_interval_is_students_and_missing_values_are_left_out_and_never_zero(
     assert rows.interval([0.2, math.nan]) == "0.200"
     assert rows.interval([math.nan]) == ""
     assert rows.interval([0.05, 0.05], signed=True) == "+0.050 ± 0.000"
+    assert rows.interval([0.0, 1.0] * 6) == "0.500 ± 0.332"  # t of 11 degrees of freedom is 2.201
     assert rows.differences({0: {"f1": 0.7}, 2: {"f1": 0.9}}, {0: {"f1": 0.6}, 1: {"f1": 0.1}}, "f1") == pytest.approx(
         [0.1]
     )
