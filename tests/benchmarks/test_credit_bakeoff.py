@@ -100,7 +100,8 @@ def test_a_finished_cell_is_not_run_again(tmp_path, monkeypatch, capsys):
 
 
 def test_a_worker_ends_with_the_process_that_started_it():
-    code = "import os, sys, threading; sys.path[:0] = sys.argv[2:]; import credit; print('here', flush=True); credit._end_with(int(sys.argv[1]))"
+    code = "import sys; sys.path[:0] = sys.argv[2:]; import credit; print('here', flush=True); "
+    code += "credit._end_with(int(sys.argv[1]))"
     worker = subprocess.Popen([sys.executable, "-c", code, str(os.getpid() + 1), *sys.path], stdout=subprocess.PIPE)
     try:
         assert worker.wait(timeout=180) == 1
