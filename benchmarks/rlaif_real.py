@@ -93,12 +93,18 @@ INTERRUPTED = 130
 
 @dataclass(frozen=True)
 class Stage:
-    """done: the file that its work writes last."""
+    """done: the file that its work writes last. of: the SAEs that it must be about, where it is JSON with a key each:
+    an arm that is added later begins such a stage anew."""
 
     name: str
     done: Path
     work: Callable[[], None]
     judged: bool  # the judge must serve
+    of: frozenset[str] = frozenset()
+
+    @property
+    def is_done(self) -> bool:
+        return self.done.exists() and (not self.of or self.of <= _read(self.done).keys())
 
 
 class Bench:
@@ -106,6 +112,8 @@ class Bench:
 
     def __init__(self, out: Path, sizes: Sizes, chosen: Sequence[str], say: Callable[[str], None]):
         self.out, self.sizes, self.say = out.resolve(), sizes, say
+        self.out.mkdir(parents=True, exist_ok=True)
+        _same_sizes(self.out / "sizes.json", sizes)
         self.chosen = [FIRST, *(name for name in chosen if name != FIRST)]  # the others' controls are beside it
         # SAE -> (run, copy in its checkpoint)
         self.saes = {"continued": (FIRST, "control"), **{name: (name, "main") for name in self.chosen}}
@@ -142,12 +150,13 @@ class Bench:
 
     def left(self) -> list[Stage]:
         """The stages that are not done, in order."""
+        saes = frozenset(self.saes)
         stages = [
             Stage("base", self._exported("base"), lambda: self._train(base_config), False),
             Stage("store", self.out / "store.done", self._fill_store, False),
             *(Stage(arm, self._exported(arm), self._trainer_of(arm), True) for arm in self.chosen),
-            Stage("same L0", self.out / "latents.json", self._match, False),
-            Stage("core metrics", self.out / "core.json", self._core, False),
+            Stage("same L0", self.out / "latents.json", self._match, False, saes),
+            Stage("core metrics", self.out / "core.json", self._core, False, saes),
         ]
         for kind in self.judgings:  # all SAEs by one before the next: what is cut short is a whole comparison
             stages += [
@@ -155,8 +164,8 @@ class Bench:
                 for name in self.saes
             ]
             if kind == "scores":
-                stages.append(Stage("all texts", self.out / "all_texts.json", self._all_texts, False))
-        return [stage for stage in stages if not stage.done.exists()]
+                stages.append(Stage("all texts", self.out / "all_texts.json", self._all_texts, False, saes))
+        return [stage for stage in stages if not stage.is_done]
 
     def _trainer_of(self, arm: str) -> Callable[[], None]:
         return lambda: self._train(lambda sizes, place: arm_config(arm, sizes, place))
@@ -215,15 +224,17 @@ class Bench:
         texts = embedded(blocks, config, model)
         taught = self._blocks(config, "evidence", self.sizes.evidence_blocks)
         labelled = taught, embedded(taught, config, model, every=True)
-        found: dict[str, dict[str, dict[int, float | None]]] = {"all_texts": {}, "ceiling": {}}
+        found: dict[str, dict[str, dict[int, float | None]]] = {}
         for name in self.saes:
             rows = results.read(LocalStorage(self._folder("scores", name)), "explanations")
             chosen = {
                 row["latent"]: row["explanation"] for row in rows if row["kind"] == results.LATENT and row["chosen"]
             }
             sae = import_sae(self.out / "saes" / name)
-            found["all_texts"][name] = detections(sae, chosen, blocks, texts, config, model)
-            found["ceiling"][name] = ceilings(sae, self.latents()[name], labelled, (blocks, texts), config)
+            found[name] = {
+                "all_texts": detections(sae, chosen, blocks, texts, config, model),
+                "ceiling": ceilings(sae, self.latents()[name], labelled, (blocks, texts), config),
+            }
         (self.out / "all_texts.json").write_text(json.dumps(found))
 
     # -- what is there ----------------------------------------------------------------------------------
@@ -243,8 +254,8 @@ class Bench:
                         latent: rows.get((results.LATENT, latent, scorer), {}).get("value")
                         for latent in self.latents()[name][:most]
                     }
-        for measure, by_sae in _read(self.out / "all_texts.json").items():
-            for name, by_latent in by_sae.items():
+        for name, by_measure in _read(self.out / "all_texts.json").items():
+            for measure, by_latent in by_measure.items():
                 found[measure][name] = {latent: by_latent.get(str(latent)) for latent in self.latents()[name]}
         return {measure: by_sae for measure, by_sae in found.items() if by_sae}
 
@@ -314,6 +325,16 @@ class Bench:
         (self.out / "seconds.json").write_text(json.dumps(self.seconds() | {name: round(seconds, 1)}, indent=1))
 
 
+def _same_sizes(file: Path, sizes: Sizes) -> None:
+    """A folder is of one size: what another has left would be taken for this one's."""
+    wanted = json.loads(json.dumps({name: value for name, value in asdict(sizes).items() if name != "arms"}))
+    if not file.exists():
+        file.write_text(json.dumps(wanted, indent=1))
+    for name, value in _read(file).items():
+        if wanted.get(name) != value:
+            raise SystemExit(f"{file}: {name} was {value} and is {wanted.get(name)} now; use another --out")
+
+
 def _read(file: Path) -> Any:
     return json.loads(file.read_text()) if file.exists() else {}
 
@@ -327,12 +348,17 @@ def conclude(bench: Bench, docs: Path | None, console: Console) -> None:
     targets = report.targets(found, core, [name for name in bench.chosen if name not in controls])
     console.print(report.rich_table("held-out scores (difference to continued training, 95% interval)", head, rows))
     taught = bench.taught()
-    among_taught = report.differences(report.only(scores, taught, [MATRYOSHKA]))
+    among_taught, among_others = (
+        report.differences(report.only(scores, latents, [MATRYOSHKA]))
+        for latents in (taught, sorted(set(bench.latents().get(FIRST, [])) - set(taught)))
+    )
     lines = report.target_lines(targets)
     lines += [report.told(d) for d in found if d.other != report.REFERENCE]
     lines.append(f"rewards taught {len(taught)} latents, as the training judge trusted their explanations; among them:")
     lines += [report.told(d) for d in among_taught]
     lines += report.narrowed(core, taught, [MATRYOSHKA])
+    lines.append("among the others, which no reward moved (what explaining anew does by itself):")
+    lines += [report.told(d) for d in among_others]
     for line in lines:
         console.print(line, soft_wrap=True)
     content = {
@@ -344,6 +370,7 @@ def conclude(bench: Bench, docs: Path | None, console: Console) -> None:
         "differences": [asdict(each) for each in found],
         "taught": taught,
         "among_taught": [asdict(each) for each in among_taught],
+        "among_others": [asdict(each) for each in among_others],
         "rounds": bench.rounds(),
         "targets": targets,
     }
@@ -366,7 +393,6 @@ def main() -> None:
     args = parser.parse_args()
     sizes, console = SMOKE if args.smoke else FULL, Console()
     out = args.out or Path("runs/rlaif-smoke" if args.smoke else "runs/rlaif-real")
-    out.mkdir(parents=True, exist_ok=True)
     bench = Bench(out, sizes, args.arms or sizes.arms, lambda line: console.print(line, style="bold", soft_wrap=True))
     try:
         if not args.only_table:

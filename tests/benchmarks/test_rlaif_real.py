@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import xml.etree.ElementTree as ET
 from types import SimpleNamespace
 
@@ -217,7 +218,25 @@ def test_stages_are_skipped_where_their_results_are(tmp_path):
         stage.done.touch()
     assert [stage.name for stage in made.left()] == names[3:]
     assert made.scores() == {}
-    assert len(bench.Bench(tmp_path, configs.FULL, configs.FULL.arms, print).judgings) == 2
+    assert len(bench.Bench(tmp_path / "full", configs.FULL, configs.FULL.arms, print).judgings) == 2
+
+
+def test_an_arm_that_is_added_later_begins_anew_what_is_about_all_of_them(tmp_path):
+    made = bench.Bench(tmp_path, configs.SMOKE, ["shuffled"], print)
+    for stage in made.left():
+        stage.done.parent.mkdir(parents=True, exist_ok=True)
+        stage.done.write_text(json.dumps(dict.fromkeys(made.saes)))
+    assert made.left() == []
+    more = bench.Bench(tmp_path, configs.SMOKE, ["shuffled", "own_cuts"], print)
+    left = [stage.name for stage in more.left()]
+    assert left == ["own_cuts", "same L0", "core metrics", "scores of own_cuts", "all texts"]
+
+
+def test_a_folder_of_another_size_is_refused(tmp_path):
+    bench.Bench(tmp_path, configs.SMOKE, ["shuffled"], print)
+    with pytest.raises(SystemExit, match=r"sizes.json: layer was 2 and is 9 now; use another --out"):
+        bench.Bench(tmp_path, configs.FULL, ["shuffled"], print)
+    bench.Bench(tmp_path, configs.SMOKE, ["own_cuts"], print)
 
 
 def test_all_texts_are_asked_about_but_those_that_made_the_explanation():
