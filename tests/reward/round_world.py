@@ -77,7 +77,7 @@ class Rank:
     def scan_of(self, latents: np.ndarray) -> ContextScan:
         world, n = self.world, len(latents)
         W_ND = torch.zeros(n, WORDS)
-        W_ND[torch.arange(n), torch.from_numpy(latents)] = 2.0
+        W_ND[torch.arange(n), torch.from_numpy(world.word_M[latents])] = 2.0
         zeros = torch.zeros(n)
         threshold_N = torch.from_numpy(world.threshold_M[latents]).float()
         return scan_contexts(world.x_TD, world.layout, latents, W_ND, zeros, torch.zeros(WORDS), threshold_N)
@@ -93,6 +93,7 @@ class World:
         x_TD = np.eye(WORDS)[self.tokens_BSL.reshape(-1)] + 0.05 * rng.normal(size=(self.tokens_BSL.size, WORDS))
         self.x_TD = torch.from_numpy(x_TD).float()
         self.threshold_M = np.full(LATENTS, 1.0)
+        self.word_M = np.arange(LATENTS)  # that each latent fires on
         self.W_dec = rng.normal(size=(LATENTS, WIDTH)).astype(np.float32)
         # 3 and 15 lie close, on two ranks; 4 and 5 are twins.
         self.W_dec[15] = self.W_dec[3] + 0.8 * rng.normal(size=WIDTH)
