@@ -42,6 +42,7 @@ from sae_ray.reward.parts import OF_ROWS, OF_WHOLE_DECODER, Outcome, RewardParts
 from sae_ray.reward.pool_judge import HELDOUT, PoolJudge, without_heldout
 from sae_ray.reward.rounds import Candidate, Choice, compete, detect, rewards_of
 from sae_ray.reward.sharing import one_holder_each
+from sae_ray.reward.siblings import look_around
 from sae_ray.reward.verdict_cut import at_own_cuts
 from sae_ray.reward.watch import held_out_scores, told, unscanned, watch
 from sae_ray.storage import LocalStorage
@@ -134,8 +135,10 @@ class RewardDesk:
         unit = await self._unit_rows(ranks, scan.latents)
         if self.carried.on:
             self.carried.begin(latents, scan, unit)
+        tokens, asked = self.config.judge.context_tokens, self.config.rlaif.siblings > 0
+        near = await look_around(ranks, evidence, tokens, latents, scan, unit) if asked else None
         # In a thread: over many contexts and latents this takes long, and `progress` is to answer meanwhile.
-        plans = await asyncio.to_thread(make_plans, self.config, scan, number, latents)
+        plans = await asyncio.to_thread(make_plans, self.config, scan, number, latents, near)
         self.judge.bind(texts, scan)
         followed = await self._scan_followed(number, ranks, evidence, scan)
         decoder = await self._look_at_decoder(ranks, evidence, scan)
