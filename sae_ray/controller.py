@@ -387,7 +387,7 @@ class Controller:
         self.group.apply_rewards(batch, self._evidence)
         self.rounds_done = number + 1
         self.status.rewards_applied += summary["rewards"]
-        self.measures.rewarded(summary.get("judged_at_step"))
+        self.measures.rewarded(summary.get("judged_at_step"), summary.get("shared"))
         self.log.event("rewards_applied", round=number, at_step=step, **summary)
         alarms = f"; {summary['alarms']['told']}" if "alarms" in summary else ""
         self.progress.say(

@@ -56,6 +56,7 @@ MEASURED = {
     "round_steps_ahead": "steps trained since the open round was asked for",
     "rounds_done": "judging rounds applied",
     "reward_age_steps": "steps trained since the applied rewards were judged",
+    "explanations_shared": "latents of the last round without credit: a close one fits their explanation better",
     "verdict_age_s": "since the last verdict, while some are waited for; 0 otherwise",
     "judge_backlog_s": "since texts last did not wait for verdicts",
 }
@@ -111,14 +112,16 @@ class Measures:
         self._shown = 0.0
         self._verdicts = 0
         self._judged_at: int | None = None
+        self._shared: int | None = None
         self._waited = {"save": 0.0, "round": 0.0}
         self._round_s: float | None = None  # the last wait for a round
 
     def committed(self) -> None:
         self._committed = time.monotonic()
 
-    def rewarded(self, judged_at_step: int | None) -> None:
-        self._judged_at = judged_at_step
+    def rewarded(self, judged_at_step: int | None, shared: int | None = None) -> None:
+        """A round's rewards are applied; `shared` of its latents lost theirs to a close one (`reward.sharing`)."""
+        self._judged_at, self._shared = judged_at_step, shared
 
     def waited(self, what: str, seconds: float) -> None:
         """The trainer stood still for a "save" or a "round"."""
@@ -200,6 +203,7 @@ class Measures:
             "round_steps_ahead": run.submitted_step - desk.round_step if desk.round_open else 0,
             "rounds_done": run.rounds_done,
             "reward_age_steps": None if self._judged_at is None else run.submitted_step - self._judged_at,
+            "explanations_shared": self._shared,
             "verdict_age_s": now - self._judged,
             "judge_backlog_s": now - self._empty,
         }

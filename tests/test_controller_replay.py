@@ -37,7 +37,7 @@ def replayed(tmp_path: Any, done: int) -> tuple[list[Any], list[Any], list[str]]
     controller.config = RunConfig.model_validate(tree)
     controller.status, controller.rounds_done = RunStatus(), done
     controller.pipeline = SimpleNamespace(step=40)  # type: ignore[assignment]
-    controller.measures = SimpleNamespace(rewarded=lambda step: None)  # type: ignore[assignment]
+    controller.measures = SimpleNamespace(rewarded=lambda *_: None)  # type: ignore[assignment]
     applied, events, said = [], [], []
 
     def apply(batch: RewardBatch, evidence: list[Any]) -> None:

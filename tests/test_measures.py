@@ -113,8 +113,9 @@ def test_rewards_age_in_steps_and_rounds_in_steps_ahead(clock):
     found = told.measure(run, clock.t)
     assert found["reward_age_steps"] is None
     assert (found["round_steps_ahead"], found["round_age_s"], found["uncommitted_steps"]) == (6, 12.0, 10)
-    told.rewarded(30)
-    assert told.measure(run, clock.t)["reward_age_steps"] == 20
+    told.rewarded(30, shared=2)
+    found = told.measure(run, clock.t)
+    assert (found["reward_age_steps"], found["explanations_shared"]) == (20, 2)
 
 
 def test_waits_add_up_and_a_save_has_an_age(clock):

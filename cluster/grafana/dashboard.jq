@@ -56,7 +56,9 @@ def variable($name; $title; $metric; $of):
      series(gauge("steps_per_s"); run(""))]),
   panel("Step"; "Of the last trained window."; "none"; null; [series(gauge("step"); run(""))]),
   panel("Rewards applied"; "Flat while steps go on: the credit loss acts on old rewards."; "none"; null;
-    [series(gauge("rewards_applied"); run(""))])])
+    [series(gauge("rewards_applied"); run(""))]),
+  panel("Explanations shared"; "Latents of the last round without credit: a close latent fits the same explanation better.";
+    "none"; null; [series(gauge("explanations_shared"); run(""))])])
 + row("Who waits for whom"; [
   panel("Tokens per second"; "In balance both are alike; the slower side is the one that is waited for."; "none"; null;
     [series(gauge("trainer_tokens_per_s"); run(" trainer")),

@@ -123,7 +123,9 @@ class RLAIFConfig(LoopConfig):
     evidence_blocks: Positive = Field(16, description="blocks of the evidence split that contexts are drawn from")
     positives: Positive = Field(12, description="judged active contexts per latent and round")
     near_misses: Annotated[int, Field(ge=0)] = 6
-    siblings: Annotated[int, Field(ge=0)] = 6
+    siblings: Annotated[int, Field(ge=0)] = Field(
+        6, description="contexts of the latents closest in the whole dictionary, itself inactive"
+    )
     randoms: Annotated[int, Field(ge=0)] = 6
     explainer_examples: Positive = Field(8, description="active contexts shown to the explainer, never judged")
     candidates: Positive = Field(

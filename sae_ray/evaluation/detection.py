@@ -196,7 +196,9 @@ def _heldout_choices(config: RunConfig, scan: ContextScan, explanations: dict[in
     for column, latent in enumerate(scan.latents.tolist()):
         if latent not in explanations or (scan.act_CN[:, column] > 0).sum() < MIN_POSITIVES:
             continue
-        plan = plan_latent(scan, column, siblings[column], quota, (config.seed, 13))
+        alike = siblings[column]
+        of_alike = [] if alike is None else [scan.act_CN[:, alike] > 0]
+        plan = plan_latent(scan, column, of_alike, quota, (config.seed, 13))
         verdicts = [replace(verdict, select=False) for verdict in plan.verdicts]
         choices.append(Choice(replace(plan, verdicts=verdicts), explanations[latent]))
     return choices

@@ -20,6 +20,7 @@ from sae_ray.reward.evidence import ContextScan
 from sae_ray.reward.history import LatentHistory, Measured, UnitRows, text_id
 from sae_ray.reward.reexplaining import KeptExplanations
 from sae_ray.reward.rounds import Judge
+from sae_ray.reward.sharing import newest_holder_each
 from sae_ray.reward.verdict_memory import VerdictMemory
 from sae_ray.storage import Storage
 
@@ -122,6 +123,7 @@ class CarriedOver:
             }
             explanation = {latent: text_id(reward.explanation) for latent, reward in found.items()}
             joined = self._memory.join(batch, explanation, scan, turned)
+            joined = newest_holder_each(joined, self._memory.explanations(), batch.latents, scan, now)
             self._memory.save(self._storage)
             self._told["rows_kept"] = len(joined.row_latent) - len(batch.row_latent)
             self._told["latents_kept"] = len(joined.latents) - len(batch.latents)

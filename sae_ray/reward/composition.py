@@ -22,14 +22,17 @@ class LatentReward:
     shuffled: float
     interpretability: float  # auroc - shuffled
     n_verdicts: int
+    lost_to: int | None = None  # a close latent that has the same explanation with a higher F1 (`reward.sharing`)
 
     @property
     def credit_weight(self) -> float:
         """How far gradients may trust this explanation, 0 to 1.
 
         The reward less one standard error, over the largest reward there can be (0.5): an explanation that
-        does not detect its latent teaches nothing.
+        does not detect its latent teaches nothing, nor does one that a close latent has with a better fit.
         """
+        if self.lost_to is not None:
+            return 0.0
         trusted = min(self.auroc - 0.5, self.interpretability) - self.standard_error
         return float(np.clip(trusted / 0.5, 0.0, 1.0))
 

@@ -41,6 +41,8 @@ from sae_ray.reward.history import UnitRows
 from sae_ray.reward.parts import OF_ROWS, OF_WHOLE_DECODER, Outcome, RewardParts
 from sae_ray.reward.pool_judge import HELDOUT, PoolJudge, without_heldout
 from sae_ray.reward.rounds import Candidate, Choice, compete, detect, rewards_of
+from sae_ray.reward.sharing import one_holder_each
+from sae_ray.reward.siblings import look_around
 from sae_ray.reward.verdict_cut import at_own_cuts
 from sae_ray.reward.watch import held_out_scores, told, unscanned, watch
 from sae_ray.storage import LocalStorage
@@ -133,8 +135,10 @@ class RewardDesk:
         unit = await self._unit_rows(ranks, scan.latents)
         if self.carried.on:
             self.carried.begin(latents, scan, unit)
+        tokens, asked = self.config.judge.context_tokens, self.config.rlaif.siblings > 0
+        near = await look_around(ranks, evidence, tokens, latents, scan, unit) if asked else None
         # In a thread: over many contexts and latents this takes long, and `progress` is to answer meanwhile.
-        plans = await asyncio.to_thread(make_plans, self.config, scan, number, latents)
+        plans = await asyncio.to_thread(make_plans, self.config, scan, number, latents, near)
         self.judge.bind(texts, scan)
         followed = await self._scan_followed(number, ranks, evidence, scan)
         decoder = await self._look_at_decoder(ranks, evidence, scan)
@@ -145,7 +149,8 @@ class RewardDesk:
                 return await self._judge_chunk(number, step, start, plans[start : start + CHUNK_LATENTS], scan, texts)
 
         judged = await asyncio.gather(*(judge(start) for start in range(0, len(plans), CHUNK_LATENTS)))
-        rewards = [reward for chunk in judged for reward in chunk.rewards]
+        choices = [choice for chunk in judged for choice in chunk.choices]
+        rewards = one_holder_each([reward for chunk in judged for reward in chunk.rewards], choices, scan, unit)
         rows = [row for chunk in judged for row in chunk.rows]
         after = self.judge.usage()
         if after["failed"] > before["failed"] and after["done"] == before["done"]:
@@ -164,7 +169,7 @@ class RewardDesk:
         batch = self.carried.finish(batch, rewards, scan).judged_at(unit.latents, unit.encoder_ND)
         batch, about, memory = await self._weighed(
             batch,
-            Outcome(scan, texts, [choice for chunk in judged for choice in chunk.choices], rewards, decoder),
+            Outcome(scan, texts, choices, rewards, decoder),
             [reward for chunk in judged for reward in chunk.held_out],
             followed,
         )
@@ -173,6 +178,7 @@ class RewardDesk:
             "judged_at_step": step,
             "latents": len(rewards),
             "rewards": len(credited),
+            "shared": sum(reward.lost_to is not None for reward in rewards),
             "verdicts": sum(row["score"] is not None for row in rows),
             "missing": sum(row["score"] is None for row in rows),
             "mean_auroc": float(np.mean([reward.auroc for reward in rewards])),

@@ -9,12 +9,17 @@ Suffixes: T kept tokens, C contexts, N scanned latents, D d_in.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from sae_ray.config import RunConfig
+
+if TYPE_CHECKING:
+    from sae_ray.reward.siblings import Neighbourhood
 
 POSITIVE, NEAR_MISS, SIBLING, RANDOM = "positive", "near_miss", "sibling", "random"
 COLUMNS_AT_ONCE = 512  # of correlations: no square of all scanned latents is ever held
@@ -159,13 +164,18 @@ class Quota:
 
 
 def make_plans(
-    config: RunConfig, scan: ContextScan, number: int | None = None, latents: np.ndarray | None = None
+    config: RunConfig,
+    scan: ContextScan,
+    number: int | None = None,
+    latents: np.ndarray | None = None,
+    near: Neighbourhood | None = None,
 ) -> list[LatentPlan]:
     """Plans for every latent that still has positives on both halves.
 
     Args:
         number: of the round, of which each draws its own texts where verdicts are kept; None: not one of the rounds.
         latents: of those that were scanned; None: all.
+        near: what lies close to these latents in the whole decoder; None: siblings are scanned latents only.
     """
     settings = config.rlaif
     quota = Quota(
@@ -173,11 +183,15 @@ def make_plans(
     )
     draw = (config.seed, 10, number) if settings.keep_rounds and number is not None else None
     wanted = np.arange(len(scan.latents)) if latents is None else np.searchsorted(scan.latents, latents)
-    siblings = sibling_columns(scan, wanted) if quota.siblings else [None] * len(wanted)
-    plans = [
-        plan_latent(scan, column, sibling, quota, (config.seed, 9), draw)
-        for column, sibling in zip(wanted.tolist(), siblings, strict=True)
-    ]
+    alike = sibling_columns(scan, wanted) if quota.siblings else [None] * len(wanted)
+
+    def plan(column: int, other: int | None) -> LatentPlan:
+        siblings = [] if other is None else [scan.act_CN[:, other] > 0]
+        if near is not None:
+            siblings = near.siblings(scan, column, other)
+        return plan_latent(scan, column, siblings, quota, (config.seed, 9), draw)
+
+    plans = [plan(column, other) for column, other in zip(wanted.tolist(), alike, strict=True)]
     return [plan for plan in plans if _judgeable(plan)]
 
 
@@ -189,7 +203,7 @@ def _judgeable(plan: LatentPlan) -> bool:
 def plan_latent(
     scan: ContextScan,
     column: int,
-    sibling: int | None,
+    siblings: Sequence[np.ndarray],
     quota: Quota,
     seed: tuple[int, ...],
     draw: tuple[int, ...] | None = None,
@@ -197,8 +211,8 @@ def plan_latent(
     """Chooses the explainer's examples and the contexts that one latent is judged on.
 
     Positives are spread over activation quantiles. Negatives are near misses (largest margin under the
-    threshold), contexts of the scanned latent that responds most alike (a sibling's text tells a specific
-    explanation from a broad one), and random ones. Explainer and judged contexts are disjoint.
+    threshold), contexts of its siblings (their texts tell a specific explanation from a broad one; of the closest alone
+    where it has enough of them), and random ones. Explainer and judged contexts are disjoint.
 
     Every context carries a fixed random key, and the lowest keys are taken: two versions of a latent that are
     active in nearly the same contexts are judged on nearly the same texts, so that differences between them are
@@ -208,7 +222,7 @@ def plan_latent(
     contexts are among the random ones.
 
     Args:
-        sibling: the scanned latent that responds most alike, see `sibling_columns`; None: there is none.
+        siblings: in which contexts each of them is active, bool [C], the closest first.
         draw: a seed of the judged contexts' own, another one in each round: verdicts on other texts are what a round
             can add. One half of a latent's active contexts, the same in every round, is then for explainers and the
             other for judges, so that no round judges what an explainer of another has seen.
@@ -232,9 +246,14 @@ def plan_latent(
     by_margin = inactive[np.argsort(-margin_C[inactive], kind="stable")]
     near_pool = by_margin[: max(4 * quota.near_misses, len(inactive) // 20) if quota.near_misses else 0]
     near = _lowest(near_pool, quota.near_misses, own_C)
-    of_sibling = np.flatnonzero(scan.act_CN[:, sibling] > 0) if quota.siblings and sibling is not None else near_pool
-    sibling_pool = np.setdiff1d(np.intersect1d(of_sibling, inactive), near_pool)
-    siblings = _lowest(sibling_pool, quota.siblings, own_C)
+    free_C = (act_C == 0) & np.isfinite(margin_C)
+    free_C[near_pool] = False
+    of_sibling_C = np.zeros(n_contexts, dtype=bool)
+    for active_C in siblings:
+        if of_sibling_C.sum() < quota.siblings:
+            of_sibling_C |= active_C & free_C
+    sibling_pool = np.flatnonzero(of_sibling_C)
+    from_siblings = _lowest(sibling_pool, quota.siblings, own_C)
     far_pool = np.setdiff1d(inactive, np.concatenate([near_pool, sibling_pool]))
     randoms = _lowest(far_pool, quota.randoms, shared_C)
 
@@ -242,7 +261,7 @@ def plan_latent(
     strata = [
         (positives, POSITIVE, len(active)),
         (near, NEAR_MISS, len(near_pool)),
-        (siblings, SIBLING, len(sibling_pool)),
+        (from_siblings, SIBLING, len(sibling_pool)),
         (randoms, RANDOM, len(far_pool)),
     ]
     for contexts, kind, population in strata:

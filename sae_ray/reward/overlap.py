@@ -35,27 +35,39 @@ class Neighbours:
     cpu_s: float
 
 
-@torch.no_grad()
 def nearest_rows(
     W_dec_mD: torch.Tensor, first_latent: int, shards: Iterable[tuple[int, torch.Tensor]], n: int = 4
 ) -> Neighbours:
-    """The n nearest of all latents to each one of this shard, holding 64 MB of cosines at a time.
+    """The n nearest of all latents to each one of this shard.
 
     Args:
         shards: (first latent, rows [*, D]) of every shard, this one among them; one after the other is enough.
+    """
+    return nearest_to(W_dec_mD, np.arange(first_latent, first_latent + len(W_dec_mD)), shards, n)
+
+
+@torch.no_grad()
+def nearest_to(
+    W_dec_mD: torch.Tensor, latents: np.ndarray, shards: Iterable[tuple[int, torch.Tensor]], n: int
+) -> Neighbours:
+    """The n nearest of the shards' latents to each of some rows, holding 64 MB of cosines and 4096 rows at a time.
+
+    Args:
+        latents: int64 [m], what the rows are of: no latent is its own neighbour.
+        shards: (first latent, rows [*, D]).
     """
     began = time.process_time()
     unit_mD, _ = unit_rows(W_dec_mD)
     device = unit_mD.device
     best_mn = torch.full((len(unit_mD), n), -torch.inf, device=device)
     id_mn = torch.full((len(unit_mD), n), -1, dtype=torch.int64, device=device)
-    own = torch.arange(first_latent, first_latent + len(unit_mD), device=device)
+    own = torch.from_numpy(latents).to(device)
     for first_other, other_mD in shards:
-        other_mD = unit_rows(other_mD.to(device))[0]
-        for row in range(0, len(unit_mD), 2048):
-            rows = slice(row, row + 2048)
-            for start in range(0, len(other_mD), 4096):
-                cosine_bc = unit_mD[rows] @ other_mD[start : start + 4096].T
+        for start in range(0, len(other_mD), 4096):
+            unit_cD = unit_rows(other_mD[start : start + 4096].to(device))[0]
+            for row in range(0, len(unit_mD), 2048):
+                rows = slice(row, row + 2048)
+                cosine_bc = unit_mD[rows] @ unit_cD.T
                 ids_c = torch.arange(cosine_bc.shape[1], device=device) + first_other + start
                 cosine_bc.masked_fill_(own[rows, None] == ids_c, -torch.inf)
                 near = cosine_bc.topk(min(n, cosine_bc.shape[1]), dim=1)

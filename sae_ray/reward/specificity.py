@@ -29,7 +29,8 @@ So of two candidates of equal recall the broader one never wins: it has the lowe
 everything, all candidates are equal and nobody's `advantage` is above 0. Why it matters: RESEARCH.md section 1, the
 collapse under random negatives.
 
-Two latents that lie close may not both keep one explanation: `without_shared` takes the worse one's credit.
+Two latents that lie close may not both keep one explanation: `without_shared` says who of a round's latents loses it,
+and `reward.sharing` takes the loser's credit.
 """
 
 from __future__ import annotations

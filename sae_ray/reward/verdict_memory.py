@@ -126,6 +126,14 @@ class VerdictMemory:
             ),
         )  # fmt: skip
 
+    def explanations(self) -> dict[int, int]:
+        """The newest explanation, as a number, of every latent that `join` gave a batch."""
+        return {
+            latent: explanation
+            for kept in self.kept
+            for latent, explanation in zip(kept.latents.tolist(), kept.explanation.tolist(), strict=True)
+        }
+
     def _before(self, number: int) -> list[KeptRound]:
         """A round that is asked again replaces what it found before."""
         return [kept for kept in self.kept if number - self._rounds <= kept.number < number]

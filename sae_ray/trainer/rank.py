@@ -225,6 +225,18 @@ class TrainerRank:
         hook = self.specs["main"].hook.name
         return responses.scan(trainer, fetch(blocks), hook, context_tokens, own_latents(trainer, latents))
 
+    def firing(self, blocks: list[Any], context_tokens: int, latents: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids int64 [n] of those of `latents` that this shard holds, and bits uint8 [n, C / 8 rounded up]: in which
+        contexts of `blocks` they are active."""
+        main, hook = self.copies["main"], self.specs["main"].hook.name
+        own_n = own_latents(main, latents)
+        return own_n, responses.firing(main, fetch(blocks), hook, context_tokens, own_n)
+
+    def nearest_latents(self, latents: list[int], rows_ND: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids int64, cosines float32), [N, n] each: of this shard, the n latents closest by decoder row to each of
+        `latents`, whose rows are given; id -1 and cosine -inf where there are fewer."""
+        return responses.nearest_latents(self.copies["main"], latents, rows_ND, n)
+
     def decoder_rows(self, latents: list[int], which: str = "main") -> tuple[np.ndarray, np.ndarray]:
         """(ids int64 [n], rows [n, D]) of those of `latents` that this shard holds."""
         trainer = self._copy(which)

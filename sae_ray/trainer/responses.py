@@ -7,6 +7,7 @@ Suffixes: m latents of the shard, n or N some of them, T tokens, D d_in.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,12 +16,15 @@ import torch.nn.functional as F
 
 from sae_ray.activations.block import Block
 from sae_ray.errors import UserError
-from sae_ray.reward.evidence import ContextLayout, ContextScan, layout_contexts, scan_contexts
+from sae_ray.reward.evidence import ContextLayout, ContextScan, layout_contexts, max_per_context, scan_contexts
+from sae_ray.reward.overlap import nearest_to
 from sae_ray.sae.selection import select_above
 from sae_ray.trainer.sharded_sae import ShardedTrainer
 
 if TYPE_CHECKING:
     from sae_ray.reward.credit import LatentState
+
+LATENTS_AT_ONCE = 4096  # whose pre-activations on a block, or decoder rows, are held
 
 # ----------------------------------------------------------------------------- blocks
 
@@ -101,6 +105,30 @@ def scan(
     return ContextScan(part.latents, *(np.concatenate(parts) for parts in (act, margin, token)))
 
 
+@torch.no_grad()
+def firing(
+    trainer: ShardedTrainer, blocks: Sequence[Block], hook: str, context_tokens: int, own_n: np.ndarray
+) -> np.ndarray:
+    """In which contexts of `blocks` latents that this shard holds are active: bits, uint8 [n, C / 8 rounded up].
+
+    2 T d_in FLOPs a latent, on the trainer's device; a byte for each context and latent is held.
+    """
+    rows, device = _rows(trainer, own_n), trainer.mesh.device
+    W_nD, threshold_n = trainer.W_enc_mD[rows], trainer.thresholds_m()[rows]
+    b_n, fires = trainer.b_enc_m[rows] - W_nD @ _centre(trainer), []
+    for block in blocks:
+        x_TD = trainer.scaled(_finite(block, hook))
+        layout = layout_of([block], context_tokens)
+        layout = replace(layout, context_T=layout.context_T.to(device))
+        fires_Cn = np.empty((layout.n_contexts, len(own_n)), dtype=bool)
+        for start in range(0, len(own_n), LATENTS_AT_ONCE):
+            some = slice(start, start + LATENTS_AT_ONCE)
+            best_Cn = max_per_context(torch.addmm(b_n[some], x_TD, W_nD[some].T), layout)
+            fires_Cn[:, some] = ((best_Cn >= threshold_n[some]) & (best_Cn > 0)).cpu().numpy()
+        fires.append(fires_Cn)
+    return np.packbits(np.concatenate(fires).T, axis=1)
+
+
 def scaled_inputs(trainer: ShardedTrainer, blocks: Sequence[Block], hook: str) -> torch.Tensor:
     """[T, d_in] on the trainer's device: all tokens of `blocks`, in order, held once.
 
@@ -118,6 +146,20 @@ def decoder_rows(trainer: ShardedTrainer, own_n: np.ndarray) -> np.ndarray:
     """[n, D] of latents that this shard holds."""
     rows_nD: np.ndarray = trainer.W_dec_mD[_rows(trainer, own_n)].cpu().numpy()
     return rows_nD
+
+
+def nearest_latents(
+    trainer: ShardedTrainer, latents: list[int], rows_ND: np.ndarray, n: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(ids int64, cosines float32), [N, n] each: the latents of this shard whose decoder rows lie closest to given
+    ones of the whole SAE, see `overlap.nearest_to`. 2 N m D FLOPs, on the trainer's device."""
+    ids, shard = np.asarray(latents, dtype=np.int64), (trainer.first_latent, trainer.W_dec_mD)
+    found = []
+    for start in range(0, len(ids), LATENTS_AT_ONCE):
+        some = slice(start, start + LATENTS_AT_ONCE)
+        wanted_ND = torch.from_numpy(rows_ND[some]).to(trainer.W_dec_mD.device)
+        found.append(nearest_to(wanted_ND, ids[some], [shard], n))
+    return np.concatenate([near.id_mn for near in found]), np.concatenate([near.cosine_mn for near in found])
 
 
 def unit_rows(trainer: ShardedTrainer, own_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,8 @@ from sae_ray.config import RunConfig
 from sae_ray.errors import UserError
 from sae_ray.reward.credit import RewardBatch
 from sae_ray.reward.evidence import ContextScan
+from sae_ray.reward.history import UnitRows
+from sae_ray.reward.siblings import look_around
 from sae_ray.trainer import checkpoint
 from sae_ray.trainer.claim import Claim
 from sae_ray.trainer.group import RankDied, TrainerGroup
@@ -95,6 +99,26 @@ def active_contexts(group: TrainerGroup, blocks: list[ray.ObjectRef]) -> np.ndar
     return np.concatenate(ray.get(asked, timeout=60))
 
 
+def check_neighbours(ranks: list[Any], evidence: list[ray.ObjectRef], scan: ContextScan) -> None:
+    """What the shards say together of the closest latents, against the whole decoder and a scan of those."""
+    ids, rows_MD = (np.concatenate(part) for part in zip(*answers(ranks, "decoder_rows", [*range(96)]), strict=True))
+    assert ids.tolist() == [*range(96)]
+    unit_MD = rows_MD / np.linalg.norm(rows_MD, axis=1, keepdims=True)
+    cosine_NM = unit_MD[scan.latents] @ unit_MD.T
+    cosine_NM[np.arange(len(scan.latents)), scan.latents] = -9
+    unit = UnitRows.merge(answers(ranks, "unit_rows", scan.latents.tolist()))
+    near = asyncio.run(look_around(ranks, evidence, 32, scan.latents, scan, unit))
+    np.testing.assert_allclose(near.cosine_Nn, -np.sort(-cosine_NM, axis=1)[:, :2], atol=2e-3)
+    np.testing.assert_allclose(near.cosine_Nn, np.take_along_axis(cosine_NM, near.id_Nn, axis=1), atol=2e-3)
+    of_asked = ContextScan.merge(answers(ranks, "scan", evidence, 32, near.asked_F.tolist()))
+    assert of_asked.latents.tolist() == near.asked_F.tolist()
+    assert ((of_asked.act_CN > 0) == np.unpackbits(near.bits_FW, axis=1, count=len(scan.act_CN)).T).all()
+
+
+def answers(ranks: list[Any], method: str, *args: Any) -> list[Any]:
+    return ray.get([getattr(rank, method).remote(*args) for rank in ranks], timeout=60)
+
+
 def test_a_resumed_group_continues_the_same_losses_and_a_corrupt_shard_is_named(blocks, tmp_path):
     config = run_config(tmp_path)
     folder = tmp_path / "checkpoints"
@@ -112,6 +136,7 @@ def test_a_resumed_group_continues_the_same_losses_and_a_corrupt_shard_is_named(
         counts = active_contexts(group, window(blocks, 0))
         asked = [rank.scan.remote(window(blocks, 0), 32, [90, 3, 50]) for rank in group.rank_handles]
         scan = ContextScan.merge(ray.get(asked, timeout=60))
+        check_neighbours(group.rank_handles, window(blocks, 0), scan)
 
         os.kill(group.pids[1], signal.SIGKILL)
         with pytest.raises(RankDied):

@@ -16,6 +16,7 @@ import torch
 
 from sae_ray.config import RunConfig
 from sae_ray.reward.evidence import ContextScan, LatentPlan, layout_contexts, scan_contexts
+from sae_ray.reward.overlap import nearest_to
 from sae_ray.reward.rounds import Candidate
 
 WORDS, LATENTS, RANKS, WIDTH = 60, 24, 2, 16
@@ -63,12 +64,22 @@ class Rank:
         self.count_contexts = Remote(lambda *_: (self.scan_of(np.arange(first, last)).act_CN > 0).sum(0))
         self.scan = Remote(lambda _, __, latents: self.scan_of(self.own(latents)))
         self.decoder_rows = Remote(lambda latents: (self.own(latents), world.W_dec[self.own(latents)]))
+        self.firing = Remote(lambda _, __, latents: self.firing_of(self.own(latents)))
+        self.nearest_latents = Remote(self.nearest_of)
         self.unit_rows = Remote(self.unit_rows_of)
 
     def unit_rows_of(self, latents: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         own = self.own(latents)
         decoder = self.world.W_dec[own] / np.linalg.norm(self.world.W_dec[own], axis=1, keepdims=True)
         return own, np.eye(WORDS, dtype=np.float16)[own], decoder.astype(np.float16)
+
+    def firing_of(self, latents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return latents, np.packbits(self.scan_of(latents).act_CN.T > 0, axis=1)
+
+    def nearest_of(self, latents: list[int], rows_ND: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+        shard = (self.first, torch.from_numpy(self.world.W_dec[self.first : self.last]))
+        near = nearest_to(torch.from_numpy(rows_ND), np.array(latents), [shard], n)
+        return near.id_mn, near.cosine_mn
 
     def own(self, latents: list[int]) -> np.ndarray:
         ids = np.asarray(latents, dtype=np.int64)
@@ -77,7 +88,7 @@ class Rank:
     def scan_of(self, latents: np.ndarray) -> ContextScan:
         world, n = self.world, len(latents)
         W_ND = torch.zeros(n, WORDS)
-        W_ND[torch.arange(n), torch.from_numpy(latents)] = 2.0
+        W_ND[torch.arange(n), torch.from_numpy(world.word_M[latents])] = 2.0
         zeros = torch.zeros(n)
         threshold_N = torch.from_numpy(world.threshold_M[latents]).float()
         return scan_contexts(world.x_TD, world.layout, latents, W_ND, zeros, torch.zeros(WORDS), threshold_N)
@@ -93,6 +104,7 @@ class World:
         x_TD = np.eye(WORDS)[self.tokens_BSL.reshape(-1)] + 0.05 * rng.normal(size=(self.tokens_BSL.size, WORDS))
         self.x_TD = torch.from_numpy(x_TD).float()
         self.threshold_M = np.full(LATENTS, 1.0)
+        self.word_M = np.arange(LATENTS)  # that each latent fires on
         self.W_dec = rng.normal(size=(LATENTS, WIDTH)).astype(np.float32)
         # 3 and 15 lie close, on two ranks; 4 and 5 are twins.
         self.W_dec[15] = self.W_dec[3] + 0.8 * rng.normal(size=WIDTH)

@@ -19,8 +19,10 @@ from sae_ray.reward.contexts import ContextTexts
 from sae_ray.reward.credit import RewardBatch
 from sae_ray.reward.desk import CHUNK_LATENTS, RewardDesk, reward_batch
 from sae_ray.reward.evidence import ContextScan, make_plans
+from sae_ray.reward.history import UnitRows
 from sae_ray.reward.parts import RewardParts
 from sae_ray.reward.rounds import compete, detect, rewards_of
+from sae_ray.reward.siblings import look_around
 from sae_ray.reward.weights import PARTS, RewardCombiner
 from sae_ray.storage import LocalStorage
 
@@ -73,7 +75,9 @@ def same(one: RewardBatch, other: RewardBatch) -> None:
 async def as_before(config: RunConfig, world: World, scan: ContextScan) -> RewardBatch:
     """Plans, competition and detection in the order and with the random numbers that rounds have always had."""
     judge, texts = WorldJudge(), ContextTexts(config, world.blocks)
-    plans, rewards, rows = make_plans(config, scan), [], []
+    unit = UnitRows.merge([rank.unit_rows_of(scan.latents.tolist()) for rank in world.ranks])
+    near = await look_around(world.ranks, world.evidence, CONTEXT, scan.latents, scan, unit)
+    plans, rewards, rows = make_plans(config, scan, near=near), [], []
 
     def make_row(plan, candidate, verdict, raw, *, chosen, purpose):
         column = scan.latents.tolist().index(plan.latent)

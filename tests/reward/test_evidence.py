@@ -32,7 +32,8 @@ def random_scan(seed: int, contexts: int = 400, latents: int = 6) -> ContextScan
 
 
 def plan_of(scan: ContextScan, column: int, quota: Quota, seed: tuple[int, ...], **draw: tuple[int, ...]) -> LatentPlan:
-    return plan_latent(scan, column, sibling_columns(scan, np.array([column]))[0], quota, seed, **draw)
+    alike = sibling_columns(scan, np.array([column]))[0]
+    return plan_latent(scan, column, [scan.act_CN[:, alike] > 0], quota, seed, **draw)
 
 
 @settings(max_examples=60, deadline=None)

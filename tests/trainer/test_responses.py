@@ -59,6 +59,28 @@ def test_a_scan_block_by_block_equals_one_of_all_blocks_at_once(trainer, monkeyp
         assert np.array_equal(a, b), name
 
 
+def test_firing_is_where_a_scan_is_active(trainer, monkeypatch):
+    monkeypatch.setattr(responses, "LATENTS_AT_ONCE", 3)
+    own_n = np.array([1, 5, 17, 40])
+    active_CN = responses.scan(trainer, BLOCKS, HOOK, CONTEXT, own_n).act_CN > 0
+    bits_nW = responses.firing(trainer, BLOCKS, HOOK, CONTEXT, own_n)
+    assert active_CN.any()
+    assert bits_nW.shape == (4, 10)  # of 75 contexts
+    assert np.array_equal(np.unpackbits(bits_nW, axis=1, count=len(active_CN)).T, active_CN)
+
+
+@pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka", "gated"])
+def test_nearest_latents_are_the_largest_cosines_of_the_decoder(architecture):
+    trainer, latents = sharded_run(Mesh.alone(), architecture, steps=2), [3, 8, 40]
+    rows_MD = torch.nn.functional.normalize(trainer.W_dec_mD.double(), dim=1)
+    cosine_NM = rows_MD[latents] @ rows_MD.T
+    cosine_NM[range(3), latents] = -9
+    best = cosine_NM.topk(2)
+    ids_Nn, cosine_Nn = responses.nearest_latents(trainer, latents, rows_MD[latents].half().numpy(), 2)
+    np.testing.assert_array_equal(ids_Nn, best.indices)
+    np.testing.assert_allclose(cosine_Nn, best.values, atol=1e-3)
+
+
 @pytest.mark.parametrize("hook", [HOOK, OTHER])
 def test_the_evidence_of_a_fit_is_all_tokens_scaled_and_the_blocks_are_left_alone(trainer, hook):
     before = [each.acts.copy() for each in BLOCKS]
