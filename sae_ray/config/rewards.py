@@ -12,9 +12,14 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class RewardWeights(Section):
-    """Of the parts of a latent's reward, each in standard deviations of its own; 0 neither measures nor costs."""
+    """Of the parts of a latent's reward, each in standard deviations of its own; 0: not measured, and nothing is asked
+    for it. The verdicts that choose explanations and say whether to trust them are asked under any weights."""
 
-    interpretability: Weight = Field(1, description="detection AUROC minus that of a shuffled explanation")
+    interpretability: Weight = Field(
+        1,
+        description="detection AUROC minus that of a shuffled explanation; at 0 the latter is asked about only for "
+        "estimators that weigh latents by trust: all but selection_bonus",
+    )
     description: Weight = Field(0, description="minus the bits of the explanation beyond the shortest that is as good")
     atomicity: Weight = Field(0, description="minus the share of the decoder row that is composed of shared atoms")
     splitting: Weight = Field(0, description="minus duplicates, splitting and shared explanations")

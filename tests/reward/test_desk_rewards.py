@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -135,6 +137,36 @@ def test_a_part_without_weight_is_not_even_called(tmp_path, monkeypatch, part):
     asked = {rank.decoder_rows.calls for rank in world.ranks}
     assert asked == ({0} if part in ("interpretability", "description") else {1})
     assert np.isfinite(batch.reward).all()
+
+
+def questions(folder: Path, **rlaif: Any) -> tuple[dict[str, int], dict[str, Any], RewardBatch]:
+    """(banked verdicts by purpose, summary, batch) of a round of which every question to the judge is banked."""
+    config, judge = run_config(folder, alarms=OFF, **rlaif), WorldJudge()
+    desk = make_desk(config, Steering(), judge)
+    summary, batch = judged(desk, World())
+    bank = VerdictBank(LocalStorage(config.run_dir)).read()
+    steered = [pair for pair in judge.asked if pair not in {(row["text"], row["explanation"]) for row in bank}]
+    assert len(judge.asked) - len(bank) == len(steered), "what is not banked is about steered texts"
+    return dict(Counter(row["purpose"] for row in bank)), summary, batch
+
+
+def test_without_a_weight_on_interpretability_no_other_latents_explanation_is_asked_about(tmp_path):
+    default, told, _ = questions(tmp_path / "default")
+    assert default["shuffled"] == default["score"] > 0
+    assert 0.3 < told["mean_shuffled"] < 0.7
+    by_reward, summary, batch = questions(tmp_path / "reward", **weights(atomicity=1.0))
+    assert by_reward == {purpose: n for purpose, n in default.items() if purpose != "shuffled"}
+    assert summary["mean_shuffled"] is None, "what nobody measured is missing"
+    assert (batch.credit_weight > 0).any()
+    both, _, _ = questions(tmp_path / "both", **weights(atomicity=1.0, interpretability=0.5))
+    assert both == default
+
+
+def test_an_estimator_that_weighs_latents_by_trust_has_the_null_asked_under_any_weights(tmp_path):
+    steered = {"prompts": 3, "prompt_tokens": 4, "samples": 2}
+    rewards = {"weights": {"interpretability": 0, "causality": 1.0}, "causality": steered}
+    found, _, _ = questions(tmp_path, estimator="teacher_gate+policy_gradient", rewards=rewards)
+    assert found["shuffled"] == found["score"]
 
 
 def test_parts_become_one_advantage_in_units_of_the_clip(tmp_path):
