@@ -20,7 +20,9 @@ class RewardWeights(Section):
         description="detection AUROC minus that of a shuffled explanation; at 0 the latter is asked about only for "
         "estimators that weigh latents by trust: all but selection_bonus",
     )
-    description: Weight = Field(0, description="minus the bits of the explanation beyond the shortest that is as good")
+    description: Weight = Field(
+        0, description="minus the bits of the shortest explanation that is as good, latents compared at equal score"
+    )
     atomicity: Weight = Field(0, description="minus the share of the decoder row that is composed of shared atoms")
     splitting: Weight = Field(0, description="minus duplicates, splitting and shared explanations")
     causality: Weight = Field(0, description="judged text of the language model, steered along the decoder row")

@@ -180,7 +180,7 @@ def test_parts_become_one_advantage_in_units_of_the_clip(tmp_path):
     by_hand = RewardCombiner(settings).combine(
         {
             "interpretability": _interpretability(bank),
-            "description": {int(latent): -_excess(bank, int(latent), chosen[latent]) for latent in batch.latents},
+            "description": _description(bank, chosen),
         }
     )
     np.testing.assert_allclose(batch.reward, by_hand.advantage / (4 * 1.25**0.5), rtol=1e-5, atol=1e-7)
@@ -205,8 +205,15 @@ def _interpretability(bank: list[dict[str, Any]]) -> dict[int, float]:
     return out
 
 
-def _excess(bank: list[dict[str, Any]], latent: int, chosen: str) -> float:
-    """Bits that the chosen candidate has beyond the shortest one with an F1 within an error of its own."""
+def _description(bank: list[dict[str, Any]], chosen: dict[int, str]) -> dict[int, float]:
+    """Minus bits, less what the least squares line over the latents gives for an F1 beyond their mean."""
+    bits, f1 = np.array([_shortest(bank, latent, chosen[latent]) for latent in sorted(chosen)]).T
+    slope = max(0.0, np.polyfit(f1, bits, 1)[0])
+    return dict(zip(sorted(chosen), slope * (f1 - f1.mean()) - bits, strict=True))
+
+
+def _shortest(bank: list[dict[str, Any]], latent: int, chosen: str) -> tuple[float, float]:
+    """(bits, F1) of the shortest candidate with an F1 within an error of the chosen one's."""
     from sae_ray.reward.specificity import Judged, JudgedTexts, choose_specific
 
     offered = list(dict.fromkeys(r["explanation"] for r in bank if r["latent"] == latent and r["purpose"] == "select"))
@@ -219,7 +226,8 @@ def _excess(bank: list[dict[str, Any]], latent: int, chosen: str) -> float:
     own = fits[offered.index(chosen)]
     good = [e for e, fit in zip(offered, fits, strict=True) if e == chosen or fit.f1 >= own.f1 - own.f1_error]
     bits = {e: (2 * len(e.split()) + 1) / np.log(2) for e in offered}
-    return float(bits[chosen] - min(bits[e] for e in good))
+    shortest = min(good, key=bits.__getitem__)
+    return float(bits[shortest]), fits[offered.index(shortest)].f1
 
 
 def test_a_resumed_run_goes_on_with_the_baselines_of_the_round_before(tmp_path):
