@@ -146,8 +146,8 @@ class RLAIFConfig(LoopConfig):
     )
     gamma: Annotated[float, Field(ge=0)] = Field(
         0.03,
-        description="weight of the credit loss; 0, and no rollout_gamma, teaches nothing, but rounds are judged all the "
-        "same, to be watched (`enabled: false` asks no judge)",
+        description="weight of the credit loss; 0, and no rollout_gamma, teaches nothing, but rounds are judged all "
+        "the same, to be watched (`enabled: false` asks no judge)",
     )
     rollout_gamma: Annotated[float, Field(ge=0)] | None = Field(
         None, description="of policy_gradient, alone or beside another, instead of gamma; null: gamma"

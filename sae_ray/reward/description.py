@@ -9,10 +9,10 @@ latents of a round (`at_equal_score`), with s_j the score of the candidate that 
 
     L_j at equal score = L_j - b (s_j - mean s),    b = max(0, cov(L, s) / var(s))
 
-This is the length that is left at the round's mean score: what more bits usually buy in score excuses them. Bits may buy
-score and not the reverse: with a slope below 0 an empty phrase would be worth more than a good one of that length. Noise
-of the scores pulls b to 0, and of fewer than MIN_LATENTS it would be noise alone: there b is 0. The mean of the round
-stays in, for the combiner's running baseline to take off, so that a few latents are held against earlier rounds.
+This is the length that is left at the round's mean score: what more bits usually buy in score excuses them. Bits may
+buy score and not the reverse: with a slope below 0 an empty phrase would be worth more than a good one of that length.
+Noise of the scores pulls b to 0, and of fewer than MIN_LATENTS it would be noise alone: there b is 0. The mean of the
+round stays in, for the combiner's running baseline to take off, so that a few latents are held against earlier rounds.
 """
 
 from __future__ import annotations
