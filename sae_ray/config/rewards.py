@@ -87,7 +87,9 @@ class AlarmsConfig(Section):
     """Signs that the reward rises by the judge's weakness (`reward.alarms`). A stop is lifted by `enabled: false`."""
 
     enabled: bool = Field(True, description="watch each round: how often and on what judged latents fire is free")
-    duplicates: bool = Field(False, description="also the share of latents with a near twin: needs the whole decoder")
+    duplicates: bool = Field(
+        False, description="also the share of latents with a near twin: each round the desk fetches the whole decoder"
+    )
     held_out: bool = Field(
         False, description="also the gap to judges.heldout, which is then deployed for the whole run and asked as well"
     )

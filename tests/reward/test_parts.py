@@ -22,6 +22,7 @@ from sae_ray.reward.contexts import ContextTexts
 from sae_ray.reward.decoder import COSINE_LIMIT, duplicate_share, look_at_decoder
 from sae_ray.reward.evidence import ContextScan, LatentPlan
 from sae_ray.reward.logit_effect import logit_effects
+from sae_ray.reward.overlap import nearest_rows
 from sae_ray.reward.parts import Outcome, RewardParts, prompts
 from sae_ray.reward.rounds import Candidate, Choice
 from sae_ray.reward.specificity import Fit
@@ -94,6 +95,21 @@ def test_only_close_neighbours_are_scanned_and_only_once(world, tmp_path):
 def test_the_share_of_duplicates_counts_both_twins(world):
     assert duplicate_share(torch.from_numpy(world.W_dec)) == pytest.approx(2 / LATENTS)
     assert duplicate_share(torch.eye(5)) == 0
+    assert duplicate_share(torch.zeros(5, 3)) == 0
+
+
+def test_of_a_large_decoder_the_share_of_twins_is_that_of_some_rows_among_all(monkeypatch):
+    rows_MO = torch.randn(20_000, 24, generator=torch.Generator().manual_seed(0))
+    rows_MO[:600] = rows_MO[10_000:10_600]  # 6% of all have a twin, most of them one that is not counted itself
+    looked_at = []
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        looked_at.append(len(args[0]))
+        return nearest_rows(*args, **kwargs)
+
+    monkeypatch.setattr("sae_ray.reward.decoder.nearest_rows", counting)
+    assert duplicate_share(rows_MO) == pytest.approx(0.06, abs=0.012)
+    assert looked_at == [4096]
 
 
 # ---------------------------------------------------------------------- judge-free parts
