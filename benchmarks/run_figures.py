@@ -43,9 +43,10 @@ def main() -> None:
         if event["event"] == "rewards_applied":
             rate = event["verdicts"] / event["seconds"]
             usage = event["usage"]
+            null = "" if event["mean_shuffled"] is None else f"shuffled {event['mean_shuffled']:.3f}, "
             table.add_row(
                 f"round {event['round']}: {event['verdicts']} verdicts, AUROC {event['mean_auroc']:.3f}, "
-                f"shuffled {event['mean_shuffled']:.3f}, {event['rewards']} credited",
+                f"{null}{event['rewards']} credited",
                 f"{rate:.1f} verdicts/s",
             )
             table.add_row("  tokens so far: prompt / cached / output", _tokens(usage))

@@ -96,7 +96,7 @@ def worlds_side_by_side(samples: int) -> dict[str, dict[str, float]]:
         cosine_FF = (rows_FD @ rows_FD.T).fill_diagonal_(0)
         # Two draws of directions: their root mean square cosine varies by far less than the 2% allowed here.
         out.setdefault("rms cosine", {"error": 0.02 / SIGMAS * 0.0872})[name] = float(cosine_FF.square().mean().sqrt())
-        out.setdefault("largest |cosine|", {"error": 0.02})[name] = float(cosine_FF.abs().max())
+        out.setdefault("largest absolute cosine", {"error": 0.02})[name] = float(cosine_FF.abs().max())
         out.setdefault("norm of a direction", {"error": 1e-6})[name] = float(rows_FD.norm(dim=1).mean())
     out["bias norm"] = {
         "ours": float(world.bias_D.norm()),

@@ -390,9 +390,10 @@ class Controller:
         self.measures.rewarded(summary.get("judged_at_step"), summary.get("shared"))
         self.log.event("rewards_applied", round=number, at_step=step, **summary)
         alarms = f"; {summary['alarms']['told']}" if "alarms" in summary else ""
+        null = "" if summary["mean_shuffled"] is None else f" (shuffled {summary['mean_shuffled']:.3f})"
         self.progress.say(
-            f"round {number + 1}: {summary['verdicts']} verdicts, mean AUROC {summary['mean_auroc']:.3f} "
-            f"(shuffled {summary['mean_shuffled']:.3f}), {summary['rewards']} rewards applied at step {step}{alarms}"
+            f"round {number + 1}: {summary['verdicts']} verdicts, mean AUROC {summary['mean_auroc']:.3f}{null}, "
+            f"{summary['rewards']} rewards applied at step {step}{alarms}"
         )
         if summary["drift"] is not None and summary["drift"]["status"] != "ok":
             self.progress.say(summary["drift"]["summary"])

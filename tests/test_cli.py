@@ -192,3 +192,14 @@ def test_every_job_in_the_repository_is_a_valid_config(job):
     from sae_ray.config_file import load_config
 
     assert load_config(job).name
+
+
+@pytest.mark.parametrize("name", ["node8", "nodes4", "finetune_gemma_scope"])
+def test_jobs_of_many_gpus_judge_where_something_is_to_be_learned_and_watch_for_hacks(name):
+    from sae_ray.config_file import load_config
+
+    config = load_config(Path(__file__).parents[1] / "jobs" / f"{name}.yaml")
+    rlaif = config.rlaif
+    assert (rlaif.choose, rlaif.reexplain_cosine, rlaif.keep_rounds) == ("value", 0.9, 1)
+    assert rlaif.alarms.duplicates
+    assert rlaif.alarms.asks_held_out == ("heldout" in config.judges)

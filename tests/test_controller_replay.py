@@ -29,7 +29,7 @@ def replayed(tmp_path: Any, done: int) -> tuple[list[Any], list[Any], list[str]]
     """What the ranks, the event log and the terminal get of a run that has `done` rounds behind it."""
     rounds = AppliedRounds(LocalStorage(tmp_path / "first"))
     for number, step in enumerate([43, 51]):
-        told = {"alarms": {"state": "ok", "told": "alarms ok"}} if number else {}
+        told = {"alarms": {"state": "ok", "told": "alarms ok"}, "mean_shuffled": None} if number else {}
         rounds.write(AppliedRound(batch(number), step, {**SUMMARY, **told}))
     rlaif = {"replay_rewards": str(tmp_path / "first"), "steps": 20, "rounds": 2}
     tree = {"name": "second", "runs_dir": str(tmp_path), "hook": {"layer": 2}, "trainer": {"steps": 40}, "rlaif": rlaif}
@@ -63,8 +63,8 @@ def test_rounds_are_installed_where_the_other_run_installed_them(tmp_path):
         ("rewards_applied", 1, 51, 40),
     ]
     assert {e["replayed_from"] for _, e in events} == {str(tmp_path / "first")}
-    assert said[0].endswith("1 rewards applied at step 43")
-    assert said[1].endswith("1 rewards applied at step 51; alarms ok")
+    assert said[0].endswith("mean AUROC 0.700 (shuffled 0.500), 1 rewards applied at step 43")
+    assert said[1].endswith("mean AUROC 0.700, 1 rewards applied at step 51; alarms ok"), "no null was judged"
 
 
 def test_a_resumed_replay_goes_on_with_the_next_round(tmp_path):

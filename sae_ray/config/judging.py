@@ -146,7 +146,11 @@ class RLAIFConfig(LoopConfig):
         description="how verdicts become gradients: see sae_ray/reward/credit; policy_gradient learns from the steered "
         "generations of rewards.weights.causality",
     )
-    gamma: Annotated[float, Field(ge=0)] = Field(0.03, description="weight of the credit loss; 0 costs nothing")
+    gamma: Annotated[float, Field(ge=0)] = Field(
+        0.03,
+        description="weight of the credit loss; 0, and no rollout_gamma, teaches nothing, but rounds are judged all "
+        "the same, to be watched (`enabled: false` asks no judge)",
+    )
     rollout_gamma: Annotated[float, Field(ge=0)] | None = Field(
         None, description="of policy_gradient, alone or beside another, instead of gamma; null: gamma"
     )

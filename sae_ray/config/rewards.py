@@ -12,10 +12,17 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class RewardWeights(Section):
-    """Of the parts of a latent's reward, each in standard deviations of its own; 0 neither measures nor costs."""
+    """Of the parts of a latent's reward, each in standard deviations of its own; 0: not measured, and nothing is asked
+    for it. The verdicts that choose explanations and say whether to trust them are asked under any weights."""
 
-    interpretability: Weight = Field(1, description="detection AUROC minus that of a shuffled explanation")
-    description: Weight = Field(0, description="minus the bits of the explanation beyond the shortest that is as good")
+    interpretability: Weight = Field(
+        1,
+        description="detection AUROC minus that of a shuffled explanation; at 0 the latter is asked about only for "
+        "estimators that weigh latents by trust: all but selection_bonus",
+    )
+    description: Weight = Field(
+        0, description="minus the bits of the shortest explanation that is as good, latents compared at equal score"
+    )
     atomicity: Weight = Field(0, description="minus the share of the decoder row that is composed of shared atoms")
     splitting: Weight = Field(0, description="minus duplicates, splitting and shared explanations")
     causality: Weight = Field(0, description="judged text of the language model, steered along the decoder row")
@@ -80,7 +87,9 @@ class AlarmsConfig(Section):
     """Signs that the reward rises by the judge's weakness (`reward.alarms`). A stop is lifted by `enabled: false`."""
 
     enabled: bool = Field(True, description="watch each round: how often and on what judged latents fire is free")
-    duplicates: bool = Field(False, description="also the share of latents with a near twin: needs the whole decoder")
+    duplicates: bool = Field(
+        False, description="also the share of latents with a near twin: each round the desk fetches the whole decoder"
+    )
     held_out: bool = Field(
         False, description="also the gap to judges.heldout, which is then deployed for the whole run and asked as well"
     )

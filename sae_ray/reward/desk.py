@@ -27,7 +27,7 @@ from sae_ray.reward.bank import VerdictBank
 from sae_ray.reward.carried import CarriedOver
 from sae_ray.reward.composition import LatentReward
 from sae_ray.reward.contexts import ContextTexts
-from sae_ray.reward.credit import RewardBatch
+from sae_ray.reward.credit import ESTIMATORS, RewardBatch
 from sae_ray.reward.decoder import DecoderFacts, duplicate_share, look_at_decoder
 from sae_ray.reward.evidence import (
     POSITIVE,
@@ -78,6 +78,10 @@ class RewardDesk:
         asked = self.config.rlaif.alarms.asks_held_out
         self.heldout = PoolJudge(self.config, HELDOUT, beside=self.judge) if asked else None
         self.parts = RewardParts(self.config, self.judge, steering)
+        # Trust needs the shuffled null as well, except of an estimator that takes the reward: that one asks of trust
+        # only whether there is any, and beating chance is enough for it.
+        own = ESTIMATORS[self.config.rlaif.estimator]
+        self._null = self.config.rlaif.rewards.weights.interpretability > 0 or not own.uses_reward
         self.bank = VerdictBank(LocalStorage(self.config.run_dir))
         self.applied = AppliedRounds(LocalStorage(self.config.run_dir))
         self._last: AppliedRound | None = None  # judged last, and not necessarily applied yet
@@ -182,7 +186,7 @@ class RewardDesk:
             "verdicts": sum(row["score"] is not None for row in rows),
             "missing": sum(row["score"] is None for row in rows),
             "mean_auroc": float(np.mean([reward.auroc for reward in rewards])),
-            "mean_shuffled": float(np.mean([reward.shuffled for reward in rewards])),
+            "mean_shuffled": float(np.mean([reward.shuffled for reward in rewards])) if self._null else None,
             "seconds": time.monotonic() - began,
             "usage": self.judge.usage(),
             "drift": None if drift is None else drift_row(drift),
@@ -333,12 +337,16 @@ class RewardDesk:
 
         choices, rows = await compete(plans, self._explanations, texts, self.carried.explainer(self.judge), make_row)
         seed = [self.config.seed, 8, number, start]
-        detections, more = await detect(choices, texts, self.judge, make_row, np.random.default_rng(seed))
+        detections, more = await detect(
+            choices, texts, self.judge, make_row, np.random.default_rng(seed), null=self._null
+        )
         rewards = rewards_of(choices, detections)
         held_out: list[LatentReward] = []
         if self.heldout is not None:
             # The same pairs and the same shuffling; nothing is trained on these verdicts, so none is banked.
-            found, _ = await detect(choices, texts, self.heldout, lambda *_, **__: {}, np.random.default_rng(seed))
+            found, _ = await detect(
+                choices, texts, self.heldout, lambda *_, **__: {}, np.random.default_rng(seed), null=self._null
+            )
             held_out = rewards_of(choices, found)
         rows += more
         if rows:

@@ -3,7 +3,7 @@
 | part             | what is measured, higher is better                                   | needs                      |
 |------------------|----------------------------------------------------------------------|----------------------------|
 | interpretability | detection AUROC minus the shuffled explanation's                     | the round's verdicts       |
-| description      | minus the bits beyond the shortest candidate that is as good         | readings of those verdicts |
+| description      | minus the bits that describe the latent, at equal score              | prior readings             |
 | atomicity        | minus the share of the decoder row that shared atoms compose         | the whole decoder          |
 | splitting        | minus (duplicate + split + shared explanation)                       | the same, maybe a scan     |
 | causality        | steered text shows the explanation, beyond both controls             | a steered language model   |
@@ -36,7 +36,7 @@ from sae_ray.reward.composition import LatentReward
 from sae_ray.reward.contexts import ContextTexts
 from sae_ray.reward.credit import ESTIMATORS, Rollouts
 from sae_ray.reward.decoder import COSINE_LIMIT, DecoderFacts
-from sae_ray.reward.description import description_length
+from sae_ray.reward.description import Description, at_equal_score, description_length
 from sae_ray.reward.evidence import ContextScan
 from sae_ray.reward.logit_effect import logit_effects, tokens_after
 from sae_ray.reward.overlap import overlap_penalties, shared_explanations
@@ -145,9 +145,9 @@ class RewardParts:
         texts = list(dict.fromkeys(each.text for choice in choices for each in choice.offered))
         prior = dict(zip(texts, await self._judge.priors(texts), strict=True))
         read = any(value is not None for value in prior.values())
-        found = {}
+        found: dict[int, Description] = {}
         for choice in choices:
-            length = description_length(
+            described = description_length(
                 [each.text for each in choice.offered],
                 [math.nan if fit is None else fit.f1 for fit in choice.fits],
                 [math.nan if fit is None else fit.f1_error for fit in choice.fits],
@@ -155,9 +155,10 @@ class RewardParts:
                 [prior[each.text] for each in choice.offered],
             )
             # Words beside other latents' bits would be another measure: a latent with a lost reading is missing.
-            if length is not None and (length.unit == "bits") == read:
-                found[choice.plan.latent] = -length.excess
-        return found
+            if described is not None and (described.unit == "bits") == read:
+                found[choice.plan.latent] = described
+        lengths = at_equal_score(list(found.values())).tolist()
+        return {latent: -length for latent, length in zip(found, lengths, strict=True)}
 
     async def _atomicity(self, outcome: Outcome) -> Values:
         facts, settings = _decoder(outcome), self._settings.atomicity

@@ -133,10 +133,16 @@ async def detect(
     judge: Judge,
     make_row: Callable[..., dict[str, Any]],
     rng: np.random.Generator,
+    *,
+    null: bool = True,
 ) -> tuple[list[Detection], list[dict[str, Any]]]:
-    """Scores each chosen explanation, and as its null another latent's, on texts that did not choose it."""
+    """Scores each chosen explanation, and as its null another latent's, on texts that did not choose it.
+
+    Args:
+        null: whether the null is asked as well, which doubles the questions; else it is missing (NaN).
+    """
     others: list[str] = []
-    if len(choices) > 1:
+    if null and len(choices) > 1:
         others = shuffled_explanations([choice.explanation.text for choice in choices], int(rng.integers(2**31)))
     asked: list[tuple[int, Candidate, PlannedVerdict, str]] = []
     for index, choice in enumerate(choices):
@@ -163,7 +169,7 @@ async def detect(
 
 
 def rewards_of(choices: list[Choice], detections: list[Detection]) -> list[LatentReward]:
-    """Rewards of the latents whose detection could be measured."""
+    """Rewards of the latents whose detection could be measured. Where their null was not, it is chance (0.5)."""
     rewards = []
     for choice, found in zip(choices, detections, strict=True):
         if np.isfinite(found.auroc):

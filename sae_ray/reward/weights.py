@@ -24,8 +24,8 @@ import numpy as np
 
 from sae_ray.errors import UserError
 
-# description: minus the excess length of the explanation; atomicity, splitting: minus the penalties of
-# `reward.description`, `atomicity` and `overlap`; causality: judged steering; logit_effect: the judge-free one.
+# description: minus the length of `reward.description`; atomicity, splitting: minus the penalties of `atomicity` and
+# `overlap`; causality: judged steering; logit_effect: the judge-free one.
 PARTS = ("interpretability", "description", "atomicity", "splitting", "causality", "logit_effect")
 _SMALLEST_SCALE = 1e-6
 

@@ -14,6 +14,7 @@ import pytest
 import ray
 import torch
 from runs import finish, losses, start, train, wait_for, write_config
+from word_judge import word_judge
 
 from sae_ray.activations.block import Block
 from sae_ray.activations.producer import ActivationProducer
@@ -166,13 +167,24 @@ def numbers(run: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in row.items() if "seconds" not in k and "tokens_per_s" not in k} for row in rows]
 
 
-def test_a_replay_has_the_losses_of_the_run_and_asks_no_judge(finished, shared):
-    folder, _ = finished
+def test_a_replay_has_the_losses_of_the_run_and_asks_no_judge(ray_session, tmp_path):
+    address = {"address": ray.get_runtime_context().gcs_address}
+    # Enough of each that some explanation is trusted, of a judge that knows the words it is asked about.
+    rlaif = {**LOOP["rlaif"], "latents": 16, "positives": 10, "near_misses": 4, "siblings": 4, "randoms": 6}
+    loop = {**LOOP, "rlaif": rlaif}
+    with word_judge() as url:
+        judge = {"endpoint": url, "calibration": {"concepts": 8}}
+        train(write_config(tmp_path, name="taught", ray=address, judge=judge, **loop), timeout=400)
+    taught = tmp_path / "runs" / "taught"
+    credit = [row.get("credit_loss", 0) for row in numbers(taught)]
+    at_step = AppliedRounds(LocalStorage(taught)).read(0).at_step
+    assert not any(credit[:at_step])
+    assert credit[at_step] > 0, "a run that was taught nothing is repeated by any training"
     # Nobody could serve this model.
-    config = write_config(folder, name="replay", ray=shared["ray"], judge={"model": "/no/such/model"}, **LOOP)
-    train(config, "--replay-rewards", str(folder / "runs" / "loop"), timeout=300)
-    run = folder / "runs" / "replay"
-    assert numbers(run) == numbers(folder / "runs" / "loop")
+    config = write_config(tmp_path, name="replay", ray=address, judge={"model": "/no/such/model"}, **loop)
+    train(config, "--replay-rewards", str(taught), timeout=300)
+    run = tmp_path / "runs" / "replay"
+    assert numbers(run) == numbers(taught)
     assert not (run / "bank").exists()
     assert not (run / "calibration.json").exists()
     assert json.loads((run / "evaluation.json").read_text())["detection"] == {}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -141,6 +143,36 @@ def test_a_part_without_weight_is_not_even_called(tmp_path, monkeypatch, part):
     assert np.isfinite(batch.reward).all()
 
 
+def questions(folder: Path, **rlaif: Any) -> tuple[dict[str, int], dict[str, Any], RewardBatch]:
+    """(banked verdicts by purpose, summary, batch) of a round of which every question to the judge is banked."""
+    config, judge = run_config(folder, alarms=OFF, **rlaif), WorldJudge()
+    desk = make_desk(config, Steering(), judge)
+    summary, batch = judged(desk, World())
+    bank = VerdictBank(LocalStorage(config.run_dir)).read()
+    steered = [pair for pair in judge.asked if pair not in {(row["text"], row["explanation"]) for row in bank}]
+    assert len(judge.asked) - len(bank) == len(steered), "what is not banked is about steered texts"
+    return dict(Counter(row["purpose"] for row in bank)), summary, batch
+
+
+def test_without_a_weight_on_interpretability_no_other_latents_explanation_is_asked_about(tmp_path):
+    default, told, _ = questions(tmp_path / "default")
+    assert default["shuffled"] == default["score"] > 0
+    assert 0.3 < told["mean_shuffled"] < 0.7
+    by_reward, summary, batch = questions(tmp_path / "reward", **weights(atomicity=1.0))
+    assert by_reward == {purpose: n for purpose, n in default.items() if purpose != "shuffled"}
+    assert summary["mean_shuffled"] is None, "what nobody measured is missing"
+    assert (batch.credit_weight > 0).any()
+    both, _, _ = questions(tmp_path / "both", **weights(atomicity=1.0, interpretability=0.5))
+    assert both == default
+
+
+def test_an_estimator_that_weighs_latents_by_trust_has_the_null_asked_under_any_weights(tmp_path):
+    steered = {"prompts": 3, "prompt_tokens": 4, "samples": 2}
+    rewards = {"weights": {"interpretability": 0, "causality": 1.0}, "causality": steered}
+    found, _, _ = questions(tmp_path, estimator="teacher_gate+policy_gradient", rewards=rewards)
+    assert found["shuffled"] == found["score"]
+
+
 def test_parts_become_one_advantage_in_units_of_the_clip(tmp_path):
     settings = {"interpretability": 1.0, "description": 0.5}
     config = run_config(tmp_path, alarms=OFF, **weights(**settings))
@@ -152,7 +184,7 @@ def test_parts_become_one_advantage_in_units_of_the_clip(tmp_path):
     by_hand = RewardCombiner(settings).combine(
         {
             "interpretability": _interpretability(bank),
-            "description": {int(latent): -_excess(bank, int(latent), chosen[latent]) for latent in batch.latents},
+            "description": _description(bank, chosen),
         }
     )
     np.testing.assert_allclose(batch.reward, by_hand.advantage / (4 * 1.25**0.5), rtol=1e-5, atol=1e-7)
@@ -177,8 +209,15 @@ def _interpretability(bank: list[dict[str, Any]]) -> dict[int, float]:
     return out
 
 
-def _excess(bank: list[dict[str, Any]], latent: int, chosen: str) -> float:
-    """Bits that the chosen candidate has beyond the shortest one with an F1 within an error of its own."""
+def _description(bank: list[dict[str, Any]], chosen: dict[int, str]) -> dict[int, float]:
+    """Minus bits, less what the least squares line over the latents gives for an F1 beyond their mean."""
+    bits, f1 = np.array([_shortest(bank, latent, chosen[latent]) for latent in sorted(chosen)]).T
+    slope = max(0.0, np.polyfit(f1, bits, 1)[0])
+    return dict(zip(sorted(chosen), slope * (f1 - f1.mean()) - bits, strict=True))
+
+
+def _shortest(bank: list[dict[str, Any]], latent: int, chosen: str) -> tuple[float, float]:
+    """(bits, F1) of the shortest candidate with an F1 within an error of the chosen one's."""
     from sae_ray.reward.specificity import Judged, JudgedTexts, choose_specific
 
     offered = list(dict.fromkeys(r["explanation"] for r in bank if r["latent"] == latent and r["purpose"] == "select"))
@@ -191,7 +230,8 @@ def _excess(bank: list[dict[str, Any]], latent: int, chosen: str) -> float:
     own = fits[offered.index(chosen)]
     good = [e for e, fit in zip(offered, fits, strict=True) if e == chosen or fit.f1 >= own.f1 - own.f1_error]
     bits = {e: (2 * len(e.split()) + 1) / np.log(2) for e in offered}
-    return float(bits[chosen] - min(bits[e] for e in good))
+    shortest = min(good, key=bits.__getitem__)
+    return float(bits[shortest]), fits[offered.index(shortest)].f1
 
 
 def test_a_resumed_run_goes_on_with_the_baselines_of_the_round_before(tmp_path):

@@ -22,6 +22,7 @@ from sae_ray.reward.contexts import ContextTexts
 from sae_ray.reward.decoder import COSINE_LIMIT, duplicate_share, look_at_decoder
 from sae_ray.reward.evidence import ContextScan, LatentPlan
 from sae_ray.reward.logit_effect import logit_effects
+from sae_ray.reward.overlap import nearest_rows
 from sae_ray.reward.parts import Outcome, RewardParts, prompts
 from sae_ray.reward.rounds import Candidate, Choice
 from sae_ray.reward.specificity import Fit
@@ -94,6 +95,21 @@ def test_only_close_neighbours_are_scanned_and_only_once(world, tmp_path):
 def test_the_share_of_duplicates_counts_both_twins(world):
     assert duplicate_share(torch.from_numpy(world.W_dec)) == pytest.approx(2 / LATENTS)
     assert duplicate_share(torch.eye(5)) == 0
+    assert duplicate_share(torch.zeros(5, 3)) == 0
+
+
+def test_of_a_large_decoder_the_share_of_twins_is_that_of_some_rows_among_all(monkeypatch):
+    rows_MO = torch.randn(20_000, 24, generator=torch.Generator().manual_seed(0))
+    rows_MO[:600] = rows_MO[10_000:10_600]  # 6% of all have a twin, most of them one that is not counted itself
+    looked_at = []
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        looked_at.append(len(args[0]))
+        return nearest_rows(*args, **kwargs)
+
+    monkeypatch.setattr("sae_ray.reward.decoder.nearest_rows", counting)
+    assert duplicate_share(rows_MO) == pytest.approx(0.06, abs=0.012)
+    assert looked_at == [4096]
 
 
 # ---------------------------------------------------------------------- judge-free parts
@@ -196,16 +212,31 @@ def described(folder: Any, priors: dict[str, float | None], choices: list[Choice
     return asyncio.run(measuring._description(Outcome(None, None, choices, got)))  # type: ignore[arg-type]
 
 
-def test_an_explanation_pays_for_the_bits_that_a_shorter_one_as_good_does_without(tmp_path):
-    nats = {"all about dogs": -9.0, "dogs": -4.0, "cats": -4.0, "anything": -1.0}
-    choices = [choice(1, ("all about dogs", 0.80), ("dogs", 0.78)), choice(2, ("cats", 0.8), ("anything", 0.3))]
-    assert described(tmp_path, nats, choices) == pytest.approx({1: -5 / math.log(2), 2: 0})
+def test_a_latent_that_can_only_be_said_at_length_has_less_than_one_that_can_be_said_in_a_word(tmp_path):
+    nats = {"all about dogs": -9.0, "dogs": -4.0, "cats": -4.0, "anything": -1.0, "tokens of any kind but nouns": -90.0}
+    choices = [
+        choice(1, ("all about dogs", 0.80), ("dogs", 0.78)),
+        choice(2, ("cats", 0.8), ("anything", 0.3)),
+        choice(3, ("tokens of any kind but nouns", 0.8)),
+    ]
+    bits = {1: -4 / math.log(2), 2: -4 / math.log(2), 3: -90 / math.log(2)}
+    assert described(tmp_path, nats, choices) == pytest.approx(bits)
+
+
+def test_bits_that_latents_usually_pay_for_their_score_are_excused(tmp_path):
+    scores = [0.4 + 0.05 * n for n in range(10)]
+    nats = {f"e{n}": -20 * score for n, score in enumerate(scores)} | {"e3": -20 * scores[3] - 6}
+    found = described(tmp_path, nats, [choice(n, (f"e{n}", score)) for n, score in enumerate(scores)])
+    assert min(found, key=found.__getitem__) == 3
+    others = [value for latent, value in found.items() if latent != 3]
+    assert np.ptp(others) < 2, "they all pay the common price: by length alone they differ by 13 bits"
+    assert min(others) - found[3] > 7
 
 
 def test_words_are_counted_where_nothing_is_read_and_lost_readings_are_missing(tmp_path):
     choices = [choice(1, ("all about dogs", 0.80), ("dogs", 0.78)), choice(2, ("cats", 0.8))]
-    assert described(tmp_path, {}, choices) == {1: -2, 2: 0}
-    assert described(tmp_path, {"cats": -3.0, "dogs": -1.0}, choices) == {2: 0}
+    assert described(tmp_path, {}, choices) == {1: -1, 2: -1}
+    assert described(tmp_path, {"cats": -3.0, "dogs": -1.0}, choices) == pytest.approx({2: -3 / math.log(2)})
 
 
 # ---------------------------------------------------------------------- causality

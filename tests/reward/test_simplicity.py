@@ -7,7 +7,7 @@ import torch
 
 from sae_ray.errors import UserError
 from sae_ray.reward.atomicity import MetaDictionary, atom_users, compositions, fit_atoms
-from sae_ray.reward.description import description_length
+from sae_ray.reward.description import MIN_LATENTS, Description, at_equal_score, description_length
 from sae_ray.reward.overlap import nearest_rows, overlap_penalties, shared_explanations, with_cofiring
 
 
@@ -27,18 +27,50 @@ def unit(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_length_is_compared_only_with_candidates_that_are_as_good():
     texts = ["a long explanation of dogs", "dogs", "animals that bark"]
     nats = [-20.0, -5.0, -9.0]
-    found = description_length(texts, [0.8, 0.6, 0.77], [0.04, 0.04, 0.04], 0, nats)
-    assert (found.index, found.unit) == (2, "bits")
-    assert found.excess == pytest.approx(11 / math.log(2))
-    assert description_length(texts, [0.8, 0.77, 0.77], [0.04] * 3, 0, nats).shortest == pytest.approx(5 / math.log(2))
-    assert description_length(texts, [0.8, 0.7, 0.7], [0.04] * 3, 0, nats).excess == 0
+    bits = [-value / math.log(2) for value in nats]
+    assert description_length(texts, [0.8, 0.6, 0.77], [0.04] * 3, 0, nats) == Description(bits[2], 0.77, "bits")
+    assert description_length(texts, [0.8, 0.77, 0.77], [0.04] * 3, 0, nats) == Description(bits[1], 0.77, "bits")
+    assert description_length(texts, [0.8, 0.7, 0.7], [0.04] * 3, 0, nats) == Description(bits[0], 0.8, "bits")
 
 
 def test_words_are_counted_where_any_reading_is_missing_and_missing_scores_do_not_compete():
     texts = ["dogs and cats", "dogs"]
-    assert description_length(texts, [0.5, 0.5], [0.1, 0.1], 0, [-3.0, None]).excess == 2
-    assert description_length(texts, [0.5, math.nan], [0.1, 0.1], 0).excess == 0
+    assert description_length(texts, [0.5, 0.5], [0.1, 0.1], 0, [-3.0, None]) == Description(1, 0.5, "words")
+    assert description_length(texts, [0.5, math.nan], [0.1, 0.1], 0) == Description(3, 0.5, "words")
     assert description_length(texts, [math.nan, 0.5], [0.1, 0.1], 0) is None
+
+
+def lengths_of(length_N: np.ndarray, score_N: np.ndarray) -> np.ndarray:
+    return at_equal_score([Description(*pair, "bits") for pair in zip(length_N, score_N, strict=True)])
+
+
+def test_planted_simplicity_is_found_under_what_scores_cost():
+    """Bits = 10 + 60 score + what the latent is itself: the lengths alone tell of the scores first."""
+    rng = np.random.default_rng(0)
+    score_N, own_N = rng.uniform(0.3, 0.9, 200), 4 * rng.normal(size=200)
+    length_N = 10 + 60 * score_N + own_N
+    found_N = lengths_of(length_N, score_N)
+    assert np.corrcoef(length_N, own_N)[0, 1] < 0.5
+    assert np.corrcoef(found_N, own_N)[0, 1] > 0.99
+    assert abs(np.corrcoef(found_N, score_N)[0, 1]) < 1e-9
+    assert found_N.mean() == pytest.approx(length_N.mean()), "the round's mean stays, for the running baseline"
+
+
+def test_few_latents_or_one_score_are_compared_by_length_alone():
+    length_N, score_N = 10.0 * np.arange(MIN_LATENTS), 0.1 * np.arange(MIN_LATENTS)
+    assert np.ptp(lengths_of(length_N, score_N)) < 1e-9
+    np.testing.assert_array_equal(lengths_of(length_N[1:], score_N[1:]), length_N[1:])
+    np.testing.assert_array_equal(lengths_of(length_N, np.full(MIN_LATENTS, 0.7)), length_N)
+    assert len(at_equal_score([])) == 0
+
+
+def test_an_empty_phrase_is_never_simpler_than_a_good_one_of_its_length():
+    """Where good explanations are the short ones, a worse one is not owed more bits."""
+    score_N = np.linspace(0.2, 0.9, 20)
+    length_N = 100 - 80 * score_N
+    length_N[0] = length_N[-1]
+    found_N = lengths_of(length_N, score_N)
+    assert found_N[0] >= found_N[-1]
 
 
 def composed_reference(row: np.ndarray, atoms: np.ndarray, k: int, shared: np.ndarray) -> float:
