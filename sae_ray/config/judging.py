@@ -181,7 +181,7 @@ class RLAIFConfig(LoopConfig):
     )
     control: bool = Field(False, description="train a copy with gamma 0 on the same batches, to compare with")
     shuffle_verdicts: bool = Field(
-        False, description="control: what teaches is the verdicts of each kind of text dealt anew over all latents"
+        False, description="control: what teaches is the verdicts of each kind of text, dealt anew over the latents"
     )
     rewards: RewardsConfig = RewardsConfig()
     alarms: AlarmsConfig = AlarmsConfig()

@@ -41,7 +41,8 @@ def choose(judge: OracleJudge, margin_TM: torch.Tensor, on_TF: torch.Tensor, ver
     seed = judge.verdicts_spent
     latents, offered, told, texts = [], [], [], []
     for latent, sibling in enumerate(sibling_columns(scan, scan.latents)):
-        plan = plan_latent(scan, latent, sibling, quota, (seed,))
+        siblings = [] if sibling is None else [scan.act_CN[:, sibling] > 0]
+        plan = plan_latent(scan, latent, siblings, quota, (seed,))
         if plan.explainer:
             context_V = torch.tensor([verdict.context for verdict in plan.verdicts], dtype=torch.int64)
             feature = judge.candidates(torch.tensor(plan.explainer), on_TF, CANDIDATES)

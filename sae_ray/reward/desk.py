@@ -380,7 +380,8 @@ def reward_batch(
 
     Args:
         rates: (false positive, false negative) of a verdict at probability 1/2.
-        deal: deals the verdicts of each kind of text anew over all latents: a control that keeps their rates.
+        deal: deals the verdicts of each kind of text anew, over all latents that teach and over all that do not: a
+            control that keeps their rates. Explanations that are not trusted are said yes to less often.
         own_cuts: a verdict is yes where its explanation's own scores say, see `verdict_cut`.
     """
     ordered = sorted(rewards, key=lambda reward: reward.latent)
@@ -395,12 +396,13 @@ def reward_batch(
     def column(key: str, dtype: Any) -> np.ndarray:
         return np.array([row[key] for row in known], dtype=dtype)
 
+    trusted = {reward.latent for reward in rewards if reward.credit_weight > 0}
     verdict = (column("probability", np.float32) >= 0.5).astype(np.float32)
     if own_cuts:
-        trusted = {reward.latent for reward in rewards if reward.credit_weight > 0}
         verdict, *rates = at_own_cuts(known, trusted, rates)
     if deal is not None:
-        kind = column("kind", str)
+        teaches = np.isin(column("latent", np.int64), sorted(trusted))
+        kind = np.char.add(column("kind", str), np.where(teaches, " of the trusted", ""))
         for which in sorted(set(kind)):
             verdict[kind == which] = deal.permutation(verdict[kind == which])
     return RewardBatch(

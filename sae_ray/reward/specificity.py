@@ -10,9 +10,9 @@ A missing verdict is replaced by the mean of the known ones of its stratum, so t
 candidate without any verdict in some stratum is not measured. Errors are those of stratified sampling, linearised.
 
 Random texts stand for nearly the whole corpus, and few are judged: a single wrong verdict on one of them weighs as
-much as all active texts together. What the candidates of a whole round tell is that one which does not hold on near
+much as all active texts together. What the candidates of many latents tell is that one which does not hold on near
 misses and siblings hardly holds on random texts. So with R the random texts' mean verdict over the near ones', of all
-candidates of the round (`far_ratio`), and n random texts,
+candidates that are judged together (`far_ratio`), and n random texts,
 
     mean of the random stratum = (n own mean + BORROWED R own mean on near texts) / (n + BORROWED)
 
@@ -43,7 +43,7 @@ from typing import NamedTuple
 import numpy as np
 
 _TIE = 1e-9
-BORROWED = 64.0  # random texts that the round's ratio counts as
+BORROWED = 64.0  # random texts that the ratio counts as
 NEAR, FAR = ("near_miss", "sibling"), "random"  # kinds of texts
 
 
@@ -110,7 +110,7 @@ def choose_specific(candidates: Sequence[Judged], texts: JudgedTexts, ratio: flo
     """The winner by the rule above; None if no candidate is measured, or no text is active.
 
     Args:
-        ratio: `far_ratio` of the round; None: random texts speak for themselves.
+        ratio: `far_ratio` of these and other latents' candidates; None: random texts speak for themselves.
     """
     if not texts.active.any():
         return None

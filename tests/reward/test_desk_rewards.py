@@ -25,6 +25,7 @@ from sae_ray.reward.history import UnitRows
 from sae_ray.reward.parts import RewardParts
 from sae_ray.reward.rounds import compete, detect, rewards_of
 from sae_ray.reward.siblings import look_around
+from sae_ray.reward.specificity import Judged, JudgedTexts, choose_specific, far_ratio
 from sae_ray.reward.weights import PARTS, RewardCombiner
 from sae_ray.storage import LocalStorage
 
@@ -211,27 +212,37 @@ def _interpretability(bank: list[dict[str, Any]]) -> dict[int, float]:
 
 def _description(bank: list[dict[str, Any]], chosen: dict[int, str]) -> dict[int, float]:
     """Minus bits, less what the least squares line over the latents gives for an F1 beyond their mean."""
-    bits, f1 = np.array([_shortest(bank, latent, chosen[latent]) for latent in sorted(chosen)]).T
+    rivals = {latent: _rivals(bank, latent) for latent in sorted(chosen)}
+    together = [list(rivals.values())[start : start + CHUNK_LATENTS] for start in range(0, len(rivals), CHUNK_LATENTS)]
+    ratios = [far_ratio((list(told.values()), texts) for told, texts in chunk) for chunk in together]
+    found = [
+        _shortest(*rivals[latent], chosen[latent], ratios[index // CHUNK_LATENTS])
+        for index, latent in enumerate(sorted(chosen))
+    ]
+    bits, f1 = np.array(found).T
     slope = max(0.0, np.polyfit(f1, bits, 1)[0])
     return dict(zip(sorted(chosen), slope * (f1 - f1.mean()) - bits, strict=True))
 
 
-def _shortest(bank: list[dict[str, Any]], latent: int, chosen: str) -> tuple[float, float]:
-    """(bits, F1) of the shortest candidate with an F1 within an error of the chosen one's."""
-    from sae_ray.reward.specificity import Judged, JudgedTexts, choose_specific
-
-    offered = list(dict.fromkeys(r["explanation"] for r in bank if r["latent"] == latent and r["purpose"] == "select"))
-    sides = {e: [r for r in bank if r["latent"] == latent and r["explanation"] == e and r["purpose"] == "select"]
-             for e in offered}  # fmt: skip
-    first = sides[offered[0]]
+def _rivals(bank: list[dict[str, Any]], latent: int) -> tuple[dict[str, np.ndarray], JudgedTexts]:
+    """The probabilities that each candidate got, and the texts."""
+    rows = [row for row in bank if row["latent"] == latent and row["purpose"] == "select"]
+    sides: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        sides.setdefault(row["explanation"], []).append(row)
+    first = next(iter(sides.values()))
     texts = JudgedTexts(*(np.array([row[key] for row in first]) for key in ("active", "weight", "kind")))
-    rivals = [Judged(np.array([row["probability"] for row in sides[e]]), len(e.split())) for e in offered]
-    fits = choose_specific(rivals, texts).fits
-    own = fits[offered.index(chosen)]
-    good = [e for e, fit in zip(offered, fits, strict=True) if e == chosen or fit.f1 >= own.f1 - own.f1_error]
-    bits = {e: (2 * len(e.split()) + 1) / np.log(2) for e in offered}
+    return {e: np.array([row["probability"] for row in side]) for e, side in sides.items()}, texts
+
+
+def _shortest(told: dict[str, np.ndarray], texts: JudgedTexts, chosen: str, ratio: float | None) -> tuple[float, float]:
+    """(bits, F1) of the shortest candidate with an F1 within an error of the chosen one's."""
+    fits = choose_specific([Judged(each, len(e.split())) for e, each in told.items()], texts, ratio).fits
+    fit = dict(zip(told, fits, strict=True))
+    good = [e for e in told if e == chosen or fit[e].f1 >= fit[chosen].f1 - fit[chosen].f1_error]
+    bits = {e: (2 * len(e.split()) + 1) / np.log(2) for e in told}
     shortest = min(good, key=bits.__getitem__)
-    return float(bits[shortest]), fits[offered.index(shortest)].f1
+    return float(bits[shortest]), fit[shortest].f1
 
 
 def test_a_resumed_run_goes_on_with_the_baselines_of_the_round_before(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,20 @@ def test_verdicts_dealt_anew_keep_each_kinds_rate_and_everything_else():
     # What a latent is told no longer has to do with it: a verdict comes from any of the latents.
     of_first = dealt.row_verdict[(dealt.row_latent == 0) & dealt.row_active]
     assert not np.array_equal(of_first, plain.row_verdict[(plain.row_latent == 0) & plain.row_active])
+
+
+def test_latents_that_teach_keep_the_rates_of_their_own_verdicts():
+    """Those that nobody trusts are said yes to less often: their verdicts among the others' would be another null."""
+    rewards = [reward(latent) if latent < 3 else replace(reward(latent), auroc=0.5) for latent in range(6)]
+    told = [
+        {**row, "probability": 0.1} if row["latent"] >= 3 and row["explanation"].startswith("expl") else row
+        for row in rows()
+    ]
+    plain, dealt = (reward_batch(0, 7, rewards, told, (0.1, 0.2), deal) for deal in (None, np.random.default_rng(3)))
+    teaches = dealt.row_latent < 3
+    assert dealt.row_verdict[teaches].sum() == plain.row_verdict[teaches].sum() > 0
+    assert dealt.row_verdict[~teaches].sum() == 0
+    assert (dealt.row_verdict != plain.row_verdict)[teaches].mean() > 0.05
 
 
 def test_a_deal_is_a_function_of_its_seed():
