@@ -19,10 +19,11 @@ from sae_ray.reward import desk as desk_module
 from sae_ray.reward.bank import VerdictBank
 from sae_ray.reward.contexts import ContextTexts
 from sae_ray.reward.credit import RewardBatch
-from sae_ray.reward.desk import CHUNK_LATENTS, RewardDesk, reward_batch
+from sae_ray.reward.desk import CHUNK_LATENTS, RewardDesk
 from sae_ray.reward.evidence import ContextScan, make_plans
 from sae_ray.reward.history import UnitRows
 from sae_ray.reward.parts import RewardParts
+from sae_ray.reward.round_batch import reward_batch
 from sae_ray.reward.rounds import compete, detect, rewards_of
 from sae_ray.reward.siblings import look_around
 from sae_ray.reward.specificity import Judged, JudgedTexts, choose_specific, far_ratio

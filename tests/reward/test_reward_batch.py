@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sae_ray.reward.composition import LatentReward
-from sae_ray.reward.desk import reward_batch
+from sae_ray.reward.round_batch import reward_batch
 
 KINDS = ("positive", "near_miss", "sibling", "random")
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sae_ray.reward.composition import LatentReward
-from sae_ray.reward.desk import reward_batch
+from sae_ray.reward.round_batch import reward_batch
 from sae_ray.reward.verdict_cut import LEAST_RATE, at_own_cuts, best_cut
 
 PLANTED = (0.09, 0.42)
