@@ -27,7 +27,7 @@ from sae_ray.reward.bank import VerdictBank
 from sae_ray.reward.carried import CarriedOver
 from sae_ray.reward.composition import LatentReward
 from sae_ray.reward.contexts import ContextTexts
-from sae_ray.reward.credit import RewardBatch
+from sae_ray.reward.credit import ESTIMATORS, RewardBatch
 from sae_ray.reward.decoder import DecoderFacts, duplicate_share, look_at_decoder
 from sae_ray.reward.evidence import (
     POSITIVE,
@@ -161,7 +161,8 @@ class RewardDesk:
         deal = np.random.default_rng([self.config.seed, 10, number]) if self.config.rlaif.shuffle_verdicts else None
         own = self.config.rlaif.verdict_cut == "own"
         batch = reward_batch(number, step, rewards, rows, self.judge.rates, deal, own_cuts=own)
-        batch = self.carried.finish(batch, rewards, scan).judged_at(unit.latents, unit.encoder_ND)
+        decoder_ND = unit.decoder_ND if ESTIMATORS[self.config.rlaif.estimator].of_decoder else None
+        batch = self.carried.finish(batch, rewards, scan).judged_at(unit.latents, unit.encoder_ND, decoder_ND)
         batch, about, memory = await self._weighed(
             batch,
             Outcome(scan, texts, [choice for chunk in judged for choice in chunk.choices], rewards, decoder),
