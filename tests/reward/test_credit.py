@@ -41,10 +41,12 @@ def test_the_gradient_is_the_derivative_of_the_loss(name):
     credit.loss(world.x_TD[:500], params, world.threshold).backward()
     # The drift weight is held constant in the gradient and is level where nothing has moved.
     generator = torch.Generator().manual_seed(1)
-    for tensor, field in ((params.W_enc_mD, "W_enc_mD"), (params.b_enc_m, "b_enc_m")):
+    for field in ("W_enc_mD", "b_enc_m", "W_dec_mO"):
+        tensor = getattr(params, field)
         direction = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-        if tensor.grad is None:
-            assert (name, field) == ("policy_gradient", "b_enc_m")
+        taught = name != "policy_gradient" if field == "b_enc_m" else field == "W_enc_mD" or credit.of_decoder
+        assert (tensor.grad is not None and bool(tensor.grad.any())) == taught
+        if not taught:
             continue
         numbers = []
         for sign in (1, -1):
