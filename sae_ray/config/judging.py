@@ -163,7 +163,9 @@ class RLAIFConfig(LoopConfig):
         "latent by verdicts that did not shape it",
     )
     max_turn: Annotated[float, Field(gt=0)] = Field(
-        1.5708, description="radians that a latent's direction may turn in a round if its evidence were unlimited"
+        1.5708,
+        description="radians that credit may turn a latent's encoder and decoder row in a round if its evidence were "
+        "unlimited; reconstruction may turn them further",
     )
     bonus: Annotated[float, Field(ge=0)] = Field(
         0.1, description="of selection_bonus: thresholds that an advantage of 1 is worth"

@@ -255,9 +255,8 @@ def _asking(cell: Cell) -> Asking:
 def _latents(trainer: ShardedTrainer, rows: RewardBatch) -> LatentState:
     latents = torch.from_numpy(rows.latents)
     centre_D = trainer.b_dec_D if trainer.subtract_b_dec else torch.zeros_like(trainer.b_dec_D)
-    return LatentState(
-        trainer.W_enc_mD[latents].clone(), trainer.b_enc_m[latents].clone(), centre_D.clone(), trainer.threshold.clone()
-    )
+    W_ND, b_N, W_dec_ND = (tensor[latents] for tensor in (trainer.W_enc_mD, trainer.b_enc_m, trainer.W_dec_mD))
+    return LatentState(W_ND, b_N, centre_D.clone(), trainer.threshold.clone(), W_dec_ND)
 
 
 def _progress(trainer: ShardedTrainer, ground: Ground, l0: float) -> dict[str, float]:

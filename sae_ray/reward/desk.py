@@ -170,7 +170,8 @@ class RewardDesk:
         deal = np.random.default_rng([self.config.seed, 10, number]) if self.config.rlaif.shuffle_verdicts else None
         own = self.config.rlaif.verdict_cut == "own"
         batch = reward_batch(number, step, rewards, rows, self.judge.rates, deal, own_cuts=own)
-        batch = self.carried.finish(batch, rewards, scan).judged_at(unit.latents, unit.encoder_ND)
+        decoder_ND = unit.decoder_ND if ESTIMATORS[self.config.rlaif.estimator].of_decoder else None
+        batch = self.carried.finish(batch, rewards, scan).judged_at(unit.latents, unit.encoder_ND, decoder_ND)
         batch, about, memory = await self._weighed(
             batch,
             Outcome(scan, texts, choices, rewards, decoder),

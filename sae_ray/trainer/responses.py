@@ -183,7 +183,8 @@ def latent_state(trainer: ShardedTrainer, own_n: np.ndarray, x_TD: torch.Tensor)
     W_ND, b_N, units_N = trainer.W_enc_mD[rows], trainer.b_enc_m[rows], trainer.thresholds_m()[rows].clone()
     if not bool((units_N > 0).all()):
         units_N = gate_units(units_N, projections(x_TD, centre_D, W_ND).add_(b_N))
-    return LatentState(W_ND, b_N, centre_D, units_N)
+    W_dec_ND = None if trainer.transcodes else trainer.W_dec_mD[rows]
+    return LatentState(W_ND, b_N, centre_D, units_N, W_dec_ND)
 
 
 def _rows(trainer: ShardedTrainer, own_n: np.ndarray) -> torch.Tensor:

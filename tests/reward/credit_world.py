@@ -55,7 +55,10 @@ def judged_world(
     x_TD[:, :2] += 2.0 * on_T2
     context_T = torch.arange(TOKENS) // SIZE
     layout = ContextLayout(context_T, torch.arange(TOKENS) % SIZE, TOKENS // SIZE, SIZE)
-    latent = LatentState(W_ND, b_N, torch.zeros(D, dtype=torch.float64))
+    W_dec_ND = W_ND.clone()
+    W_dec_ND[:, 2] += 0.5  # a decoder row is not its encoder row
+    W_dec_ND = torch.nn.functional.normalize(W_dec_ND, dim=1)
+    latent = LatentState(W_ND, b_N, torch.zeros(D, dtype=torch.float64), W_dec_ND=W_dec_ND)
     rng = np.random.default_rng(seed)
     columns: dict[str, list[np.ndarray]] = {}
     for latent_id, w_D, b, concept in zip(ids, W_ND, b_N, concepts, strict=True):
@@ -105,22 +108,25 @@ def with_rollouts(world: World, n: int = 64, reward_of=None, seed: int = 0) -> W
     rng = np.random.default_rng(seed)
     u_RD = rng.normal(size=(n, D))
     u_RD /= np.linalg.norm(u_RD, axis=1, keepdims=True)
-    base_D = torch.nn.functional.normalize(world.latent.W_enc_ND[0], dim=0).numpy()
-    steered_RD = base_D + 0.5 * u_RD
+    steered_RD = world.latent.W_dec_ND[0].numpy() + 0.5 * u_RD
     reward_R = steered_RD[:, 0] / np.linalg.norm(steered_RD, axis=1) if reward_of is None else reward_of(steered_RD)
     latent = np.full(n, world.batch.latents[0])
     rollouts = Rollouts(latent, u_RD.astype(np.float32), np.ones(n), reward_R.astype(np.float32), 0.5)
     return dataclasses.replace(world, batch=dataclasses.replace(world.batch, rollouts=rollouts))
 
 
-def params_of(world: World, step: int = 100, W_ND: torch.Tensor | None = None) -> CreditParams:
+def params_of(
+    world: World, step: int = 100, W_ND: torch.Tensor | None = None, W_dec_ND: torch.Tensor | None = None
+) -> CreditParams:
     first, last = world.batch.latents[0], world.batch.latents[-1]
     own = torch.tensor(world.batch.latents - first)
-    W_enc = torch.zeros(last - first + 1, D, dtype=torch.float64)
+    W_enc, W_dec = torch.zeros(2, last - first + 1, D, dtype=torch.float64)
     W_enc[own] = (world.latent.W_enc_ND if W_ND is None else W_ND).detach()
+    W_dec[own] = (world.latent.W_dec_ND if W_dec_ND is None else W_dec_ND).detach()
     b_enc = torch.zeros(len(W_enc), dtype=torch.float64)
     b_enc[own] = world.latent.b_enc_N
-    return CreditParams(W_enc.requires_grad_(), b_enc.requires_grad_(), world.latent.b_dec_D, int(first), step)
+    W_enc, b_enc, W_dec = (tensor.clone().requires_grad_() for tensor in (W_enc, b_enc, W_dec))
+    return CreditParams(W_enc, b_enc, world.latent.b_dec_D, int(first), step, W_dec_mO=W_dec)
 
 
 def fit(name: str, world: World, settings: CreditSettings = SETTINGS):

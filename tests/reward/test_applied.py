@@ -34,7 +34,8 @@ def batch(number: int = 0, **changes: Any) -> RewardBatch:
 def test_a_round_comes_back_bit_for_bit_with_its_step_and_what_the_next_needs(tmp_path):
     rounds = AppliedRounds(LocalStorage(tmp_path))
     summary, memory = {"rewards": 2, "usage": {"busy_share": math.nan}}, {"parts": {"causality": [0.1, 0.2, 0.3]}}
-    whole = batch(0, gamma_factor=1 / 3, judged_ND=np.random.default_rng(1).normal(size=(2, 5)).astype(np.float16))
+    encoder_ND, decoder_ND = np.random.default_rng(1).normal(size=(2, 2, 5)).astype(np.float16)
+    whole = batch(0, gamma_factor=1 / 3, judged_ND=encoder_ND, judged_decoder_ND=decoder_ND)
     rounds.write(AppliedRound(whole, 17, summary, memory))
     rounds.write(AppliedRound(dataclasses.replace(batch(1), reward=None), 20, {}))
     found = rounds.read(0)
@@ -46,7 +47,9 @@ def test_a_round_comes_back_bit_for_bit_with_its_step_and_what_the_next_needs(tm
             assert a == b, each.name
     assert (found.at_step, found.memory, found.summary["rewards"]) == (17, memory, 2)
     assert rounds.read(1).batch.reward is None
-    assert rounds.read(1).batch.judged_ND is None  # as in files of before there was such a field
+    # As in files of before there were such fields.
+    assert rounds.read(1).batch.judged_ND is None
+    assert rounds.read(1).batch.judged_decoder_ND is None
     assert rounds.numbers() == [0, 1]
     assert rounds.memory_before(0) == {}
     assert rounds.memory_before(1) == memory

@@ -59,7 +59,7 @@ def test_a_gate_is_put_near_where_f1_is_largest():
         marked_C = best_CN[:, 0] > cut
         return float(2 * (marked_C & truth_C).sum() / (marked_C.sum() + truth_C.sum()))
 
-    cut = float(f1_cuts(best_CN, world.batch, factor=4.0)[0])
+    cut = float(f1_cuts(best_CN, world.batch, np.array([4.0]))[0])
     best = max(f1(float(value)) for value in np.quantile(best_CN[:, 0].numpy(), np.linspace(0.5, 0.999, 200)))
     own = float(best_CN[:, 0].sort(descending=True).values[int(marked_share(world.batch)[0] * len(best_CN))])
     assert f1(cut) > f1(own)
@@ -70,6 +70,6 @@ def test_a_gate_is_put_near_where_f1_is_largest():
 def test_a_gate_marks_no_more_than_the_factor_allows(factor):
     world = judged_world(encoder(1.0), torch.tensor([-1.35], dtype=torch.float64), [7], [0], 0.0, seed=3)
     best_CN = max_per_context(world.x_TD @ world.latent.W_enc_ND.T, world.layout)
-    marked = float((best_CN > f1_cuts(best_CN, world.batch, factor)).double().mean())
+    marked = float((best_CN > f1_cuts(best_CN, world.batch, np.array([factor]))).double().mean())
     own = float(marked_share(world.batch)[0])
     assert own / factor - 0.01 <= marked <= own * factor + 0.01

@@ -395,8 +395,11 @@ CAUSAL = {
 def test_steered_generations_come_as_rollouts_whose_mean_is_the_latents_causality(tmp_path, estimator):
     steering, judge = Steering(), WorldJudge(noise=0.0)
     desk = make_desk(run_config(tmp_path, estimator=estimator, rewards=CAUSAL), steering, judge)
-    summary, batch = judged(desk, World())
+    world = World()
+    summary, batch = judged(desk, world)
     rollouts = batch.rollouts
+    unit_MO = world.W_dec / np.linalg.norm(world.W_dec, axis=1, keepdims=True)
+    np.testing.assert_array_equal(batch.judged_decoder_ND, unit_MO[batch.latents].astype(np.float16))
     latents, _, texts, sent = steering.asked
     assert (sent.gradients, steering.steer.calls) == (True, 1)
     steerable = [n for n in latents if n != 20]

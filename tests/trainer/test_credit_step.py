@@ -176,7 +176,7 @@ def credited_run(mesh: Mesh, name: str, estimator: str, batch: RewardBatch) -> S
     unit_N = None
     if name in ("relu-l1", "gated"):  # as the rank does where gates lie at 0
         unit_N = gate_units(trainer.thresholds_m()[rows], torch.addmm(b_N, x_TD - trainer.b_dec_D, W_ND.T))
-    latent = LatentState(W_ND, b_N, trainer.b_dec_D.clone(), unit_N)
+    latent = LatentState(W_ND, b_N, trainer.b_dec_D.clone(), unit_N, trainer.W_dec_mD[rows])
     credit = ESTIMATORS[estimator].fit(SETTINGS, own, latent, x_TD, LAYOUT)
     for raw in batches()[START : START + 5]:  # of 40 and 41 tokens
         low, high = mesh.rows(len(raw))
@@ -212,7 +212,8 @@ def test_only_judged_rows_are_exchanged_and_no_bit_of_the_gradient_is_lost(estim
     trainer = sharded_run(Mesh.alone(), "batchtopk", steps=START)
     x_BD, rows = trainer.scaled(next_batch()), torch.from_numpy(LATENTS)
     own = rewards(trainer).for_shard(0, 48)
-    latent = LatentState(trainer.W_enc_mD[rows], trainer.b_enc_m[rows], trainer.b_dec_D.clone())
+    centre_D, W_dec_ND = trainer.b_dec_D.clone(), trainer.W_dec_mD[rows]
+    latent = LatentState(trainer.W_enc_mD[rows], trainer.b_enc_m[rows], centre_D, W_dec_ND=W_dec_ND)
     credit = ESTIMATORS[estimator].fit(SETTINGS, own, latent, trainer.scaled(EVIDENCE), LAYOUT)
     params, context = trainer._credit_params(len(x_BD)), trainer._context(len(x_BD))
     counted, found = [], []

@@ -19,7 +19,7 @@ from sae_ray.reward.credit.preference import Preference
 from sae_ray.reward.credit.reward_model import RewardModel
 from sae_ray.reward.credit.selection_bonus import SelectionBonus
 from sae_ray.reward.credit.summed import TeacherAndPolicy
-from sae_ray.reward.credit.teacher_gate import MAX_RATE_CHANGE, TeacherGate
+from sae_ray.reward.credit.teacher_gate import TeacherGate
 from sae_ray.reward.credit.threshold import Threshold
 from sae_ray.reward.credit.whitening import MIN_CONFIRMED, projections, whitener
 
@@ -37,7 +37,6 @@ ESTIMATORS: dict[str, type[CreditEstimator]] = {
 
 __all__ = [
     "ESTIMATORS",
-    "MAX_RATE_CHANGE",
     "MIN_CONFIRMED",
     "BankGate",
     "CreditEstimator",

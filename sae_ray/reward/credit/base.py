@@ -93,6 +93,8 @@ class RewardBatch:
     whole: RewardBatch | None = None  # what `for_shard` was taken from; None: this is the whole
     # float16 [N, D]: unit encoder rows at the scan, which is what was judged; None: taken to be those at the fit
     judged_ND: np.ndarray | None = None
+    # The same of the decoder, for an estimator that says `of_decoder`.
+    judged_decoder_ND: np.ndarray | None = None
     gamma_factor: float = 1.0  # of `reward.alarms`: what all of the round's credit is multiplied by
 
     def for_shard(self, first: int, last: int) -> RewardBatch:
@@ -114,12 +116,17 @@ class RewardBatch:
             row_margin=None if self.row_margin is None else self.row_margin[rows],
             rollouts=None if self.rollouts is None else self.rollouts.of_latents(own),
             judged_ND=None if self.judged_ND is None else self.judged_ND[keep],
+            judged_decoder_ND=None if self.judged_decoder_ND is None else self.judged_decoder_ND[keep],
             whole=self.whole or self,
         )
 
-    def judged_at(self, latents: np.ndarray, unit_ND: np.ndarray) -> RewardBatch:
-        """With the encoder rows that were judged, of `latents` (ascending), all of the batch's among them."""
-        return replace(self, judged_ND=unit_ND[np.searchsorted(latents, self.latents)])
+    def judged_at(
+        self, latents: np.ndarray, encoder_ND: np.ndarray, decoder_ND: np.ndarray | None = None
+    ) -> RewardBatch:
+        """With the unit rows that were judged, of `latents` (ascending), all of the batch's among them."""
+        place = np.searchsorted(latents, self.latents)
+        decoder_ND = None if decoder_ND is None else decoder_ND[place]
+        return replace(self, judged_ND=encoder_ND[place], judged_decoder_ND=decoder_ND)
 
     def trusted(self) -> RewardBatch:
         """All trusted latents of the round, whichever shard holds them."""
@@ -136,6 +143,7 @@ class LatentState:
     # The unit of gate logits, 0-dim or [N]: the gate's threshold as it is now, or what `gates.gate_units` puts in the
     # place of one that is 0. None: the threshold as it is at each step.
     threshold: torch.Tensor | None = None
+    W_dec_ND: torch.Tensor | None = None  # None in a transcoder: credit has no term of its decoder
 
 
 @dataclass(frozen=True)
@@ -144,7 +152,7 @@ class CreditSettings:
     slope: float
     shrink: float | None  # share of the own direction in a teacher's; None: chosen for each latent by its verdicts
     half_life_steps: float
-    max_turn: float = math.pi / 2  # radians that a latent's direction may turn in a round, with unlimited evidence
+    max_turn: float = math.pi / 2  # radians that credit may turn a row in a round, with unlimited evidence
     bonus: float = 0.1  # of `selection_bonus`: thresholds that an advantage of 1 is worth
     factor: float = 1.0  # of everything that a round's credit does (`RewardBatch.gamma_factor`)
     fitted_gates: bool = False  # gates are pulled to either side of the threshold at the fit, not of the moment

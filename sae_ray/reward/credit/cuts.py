@@ -52,7 +52,7 @@ def implied_cuts(best_CN: torch.Tensor, batch: RewardBatch, factor_N: np.ndarray
     return cut_at(finite_CN, share_N * len(finite_CN))
 
 
-def f1_cuts(best_CN: torch.Tensor, batch: RewardBatch, factor: float) -> torch.Tensor:
+def f1_cuts(best_CN: torch.Tensor, batch: RewardBatch, factor_N: np.ndarray) -> torch.Tensor:
     """[N]: cuts of new scores at which F1 against the concept is largest: where its probability falls to half of it.
 
     F1 is largest when everything is marked whose probability of presence is above half of the F1 that this gives
@@ -74,5 +74,6 @@ def f1_cuts(best_CN: torch.Tensor, batch: RewardBatch, factor: float) -> torch.T
     slope_N, offset_N = platt(score_NV, verdict_NV, weight_NV, rates)
     finite_CN = best_CN[torch.isfinite(best_CN).all(1)]
     above_N = (finite_CN > (math.log(HALF_F1 / (1 - HALF_F1)) - offset_N) / slope_N).sum(0)
-    own_N = torch.tensor(marked_share(batch)).to(best_CN) * len(finite_CN)
-    return cut_at(finite_CN, torch.minimum(torch.maximum(above_N.to(best_CN), own_N / factor), own_N * factor))
+    own_N, most_N = (torch.tensor(values).to(best_CN) for values in (marked_share(batch), factor_N))
+    own_N = own_N * len(finite_CN)
+    return cut_at(finite_CN, torch.minimum(torch.maximum(above_N.to(best_CN), own_N / most_N), own_N * most_N))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from sae_ray.reward.credit.base import CreditEstimator, CreditSettings, Deltas, LatentState, RewardBatch, on_device
 from sae_ray.reward.credit.cuts import cut_at, implied_cuts, marked_share
 from sae_ray.reward.credit.rows import context_state, presence_of_rows, row_order, row_state
-from sae_ray.reward.credit.trust import common_state, effective_verdicts, evidence_share, freshness, within_turn
+from sae_ray.reward.credit.trust import common_state, effective_verdicts, freshness, rate_bound, within_turn
 from sae_ray.reward.credit.whitening import projections, subspaces
 from sae_ray.reward.evidence import ContextLayout, max_per_context
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 PAIRS, GENERATIONS, SIGMA, RATE = 8, 40, 0.15, 0.15
 TEMPERATURE = 0.5  # of a comparison, in standard deviations of the latent's score
 PRIOR = 1.0  # pull to the own direction, in verdicts
-MAX_RATE_CHANGE = 2.0  # of the contexts that a latent marks, in a round and with unlimited evidence
 MIN_GAIN = 0.005  # of the AUROC on verdicts that the search has not seen
 ROWS_PER_GENERATION = 96
 
@@ -84,7 +83,7 @@ class Evolution(CreditEstimator):
         )
         finite_CN = old_CN[torch.isfinite(old_CN).all(1)]
         cut_N = cut_at(finite_CN, torch.tensor(marked_share(batch)).to(finite_CN) * len(finite_CN))
-        shift_N = cut_N - implied_cuts(new_CN, batch, MAX_RATE_CHANGE ** evidence_share(batch))
+        shift_N = cut_N - implied_cuts(new_CN, batch, rate_bound(batch))
         # Where the search found nothing, nothing moves.
         shift_N = shift_N * torch.tensor(found, device=shift_N.device)
         move = {"move_ND": turned_ND - latent.W_enc_ND, "shift_N": shift_N, "given": torch.tensor(False)}

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from sae_ray.reward.credit.base import CreditEstimator, CreditSettings, LatentState, RewardBatch, Rollouts
-from sae_ray.reward.credit.trust import TURN_VERDICTS, common_state, freshness, information
+from sae_ray.reward.credit.trust import TURN_VERDICTS, common_state, freshness, information, judged_rows
 from sae_ray.reward.credit.whitening import whitener
 from sae_ray.reward.evidence import ContextLayout
 
@@ -32,13 +32,15 @@ class PolicyGradient(CreditEstimator):
     expectation is the gradient of the reward smoothed over the ball of radius sigma (Flaxman et al. 2005). g is
     clipped to norm 1, and
 
-        loss = - gamma * sum_j c_j fresh_j ( <unit(W_dec_j), g_j> + <unit(W_enc_j), e_j> ),   e_j = |g_j| unit(S^-1 g_j)
+        loss = - gamma * sum_j c_j ( fresh_dec_j <unit(W_dec_j), g_j> + fresh_enc_j <unit(W_enc_j), e_j> )
+        e_j  = |g_j| unit(S^-1 g_j)
 
     with S the covariance of unlabelled activations: the filter that reads a direction out is its whitened form. Rows
     keep their norms, because only unit vectors enter. Without rollouts there is no loss.
 
-    A latent's evidence, by which it may turn, is its judged generations: the verdicts on texts say nothing of what its
-    direction does. gamma is `CreditSettings.rollout_gamma` where that is given.
+    A latent's evidence, by which its rows may turn, each from what it was when judged, is its judged generations: the
+    verdicts on texts say nothing of what its direction does. gamma is `CreditSettings.rollout_gamma` where that is
+    given.
     """
 
     of_decoder: ClassVar[bool] = True
@@ -63,6 +65,8 @@ class PolicyGradient(CreditEstimator):
             place_K = np.searchsorted(batch.latents, own.latent[np.isfinite(own.reward)])
             n_N = information(batch) * np.bincount(place_K, minlength=len(batch.latents))
         state["turn_N"] = torch.tensor(settings.max_turn * n_N / (n_N + TURN_VERDICTS)).to(latent.W_enc_ND)
+        if latent.W_dec_ND is not None:
+            state["W_dec_judged_ND"] = judged_rows(batch.judged_decoder_ND, latent.W_dec_ND)
         _, _, inverse_DD = whitener(x_TD.to(latent.W_enc_ND))
         norm_N = torch.linalg.vector_norm(g_ND, dim=1, keepdim=True)
         return cls(settings, state | {"g_ND": g_ND, "e_ND": norm_N * F.normalize(g_ND @ inverse_DD, dim=1)})
@@ -75,10 +79,13 @@ class PolicyGradient(CreditEstimator):
         rows_N = state["latents"] - params.first_latent
         W_ND = params.W_enc_mD[rows_N]
         gain_N = (F.normalize(W_ND, dim=1) * state["e_ND"]).sum(1)
-        if params.W_dec_mO is not None:
-            gain_N = gain_N + (F.normalize(params.W_dec_mO[rows_N], dim=1) * state["g_ND"]).sum(1)
-        weight_N = state["credit_N"] * freshness(self._settings, state, W_ND, params.step)
-        return -gamma * (weight_N * gain_N).sum()
+        gain_N = gain_N * freshness(self._settings, state, W_ND, params.step)
+        if params.W_dec_mO is not None and "W_dec_judged_ND" in state:
+            W_dec_ND = params.W_dec_mO[rows_N]
+            of_decoder_N = (F.normalize(W_dec_ND, dim=1) * state["g_ND"]).sum(1)
+            fresh_N = freshness(self._settings, state, W_dec_ND, params.step, "W_dec_judged_ND")
+            gain_N = gain_N + of_decoder_N * fresh_N
+        return -gamma * (state["credit_N"] * gain_N).sum()
 
 
 def rloo_gradient(rollouts: Rollouts, latent: int, like: torch.Tensor) -> torch.Tensor:

@@ -11,15 +11,12 @@ from sae_ray.reward.credit.base import CreditEstimator, CreditSettings, LatentSt
 from sae_ray.reward.credit.cuts import f1_cuts
 from sae_ray.reward.credit.gates import gate_logit
 from sae_ray.reward.credit.mixing import Directions
-from sae_ray.reward.credit.trust import common_state, freshness, gate_at
+from sae_ray.reward.credit.trust import common_state, freshness, gate_at, rate_bound
 from sae_ray.reward.credit.whitening import projections, unit, whitener
 from sae_ray.reward.evidence import ContextLayout, max_per_context
 
 if TYPE_CHECKING:
     from sae_ray.trainer.sharded_sae import CreditParams
-
-# By how much a teacher may change the share of contexts that a latent marks, in one round.
-MAX_RATE_CHANGE = 2.0
 
 
 class TeacherGate(CreditEstimator):
@@ -30,10 +27,11 @@ class TeacherGate(CreditEstimator):
     the encoder's own direction, both at unit S-norm: `t_j = shrink * w_j + (1 - shrink) * d_j`, the shrinkage of each
     latent chosen by held-out verdicts (`mixing`). A context is marked where a Platt map of its largest
     `t_j . (x - mean)`, fitted through the judge's error rates, gives the concept a probability above .4, where F1 is
-    largest (`cuts.f1_cuts`), but the share of marked contexts stays within a factor of MAX_RATE_CHANGE of what the
-    latent itself marks: a few dozen verdicts cannot tell a rare concept from an absent one, and a teacher that marks
-    nothing would silence its latent. Tokens above the cut are pseudo-positives y, expected r_j per token, and the
-    gate BCE pulls the encoder's gate toward them on the natural distribution, B the tokens of the global batch:
+    largest (`cuts.f1_cuts`), but the share of marked contexts stays within a factor of MAX_RATE_CHANGE ^ (n / (n + 32))
+    of what the latent itself marks, n the effective verdicts: a few dozen cannot tell a rare concept from an absent
+    one, and a teacher that marks nothing would silence its latent. Tokens above the cut are pseudo-positives y,
+    expected r_j per token, and the gate BCE pulls the encoder's gate toward them on the natural distribution, B the
+    tokens of the global batch:
 
         loss = gamma * sum_j c_j * fresh_j * sum_B BCE(slope * (pre - thr) / thr, y) / max(1, r_j B)
     """
@@ -54,7 +52,7 @@ class TeacherGate(CreditEstimator):
         directions = Directions(own_ND, x_TD, layout, mean_D, cov_DD, inverse_DD)
         teacher_ND = directions.best(batch) if settings.shrink is None else directions.mixed(batch, settings.shrink)
         score_TN = projections(x_TD, mean_D, teacher_ND)
-        cut_N = f1_cuts(max_per_context(score_TN, layout), batch, MAX_RATE_CHANGE)
+        cut_N = f1_cuts(max_per_context(score_TN, layout), batch, rate_bound(batch))
         return cls(
             settings,
             common_state(settings, batch, latent)

@@ -20,15 +20,13 @@ from sae_ray.reward.credit.base import (
 from sae_ray.reward.credit.cuts import cut_at, marked_share
 from sae_ray.reward.credit.gates import observed, platt
 from sae_ray.reward.credit.rows import padded, rows_of
-from sae_ray.reward.credit.trust import common_state, evidence_share, freshness
+from sae_ray.reward.credit.trust import common_state, freshness, rate_bound
 from sae_ray.reward.credit.whitening import projections
 from sae_ray.reward.evidence import ContextLayout, max_per_context
 
 if TYPE_CHECKING:
     from sae_ray.trainer.sharded_sae import CreditParams
 
-# By how much a latent may change the share of contexts it is active in, in a round and with unlimited evidence.
-MAX_RATE_CHANGE = 2.0
 GRID = 65
 MIN_LIKELIHOOD_GAIN = 1.92  # 95% of one degree of freedom
 
@@ -102,7 +100,7 @@ def rate_factors(batch: RewardBatch, margin_V: np.ndarray) -> np.ndarray:
     rates = batch.false_positive_rate, batch.false_negative_rate
     slope_N, offset_N = platt(margin_NV, verdict_NV, weight_NV, rates)
     presence_NV = torch.sigmoid(slope_N[:, None] * margin_NV + offset_N[:, None])
-    bound_N = np.log(MAX_RATE_CHANGE) * evidence_share(batch) * _informed(verdict_NV, presence_NV, weight_NV, rates)
+    bound_N = np.log(rate_bound(batch)) * _informed(verdict_NV, presence_NV, weight_NV, rates)
     hits_NV = (weight_NV * presence_NV).numpy()
     share = marked_share(batch)
     log_factor_NG = bound_N[:, None] * np.linspace(-1, 1, GRID)

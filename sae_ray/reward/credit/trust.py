@@ -1,12 +1,19 @@
 """How far a reward may still be trusted: its age, the latent's drift, and the trust region of a round.
 
 A round's verdicts speak of the direction that was judged. With n effective verdicts (Kish's number, times the square
-of what a verdict of this judge tells) a latent's direction may turn by
+of what a verdict of this judge tells) credit may turn a latent's direction by
 
     turn = max_turn * n / (n + TURN_VERDICTS)
 
 from it. The weight of its credit is `2^(-age / half life) * cos(angle) * taper`, where the taper is 1 up to half of
 `turn` and falls to 0 at `turn`: a loss has no gradient beyond, and deltas are cut to that cone.
+
+What is bounded is what credit does, not where a row ends: at the bound credit stops, while reconstruction goes on
+turning the row (with 16 verdicts, continued training alone turns some rows further than credit may), and an
+optimiser's momentum adds its last steps. The angle is the encoder row's; a loss's term of the decoder is bounded by
+the decoder row's own. Estimators that put a gate somewhere (teacher, threshold, evolution) change the share of
+contexts that it marks by at most `rate_bound`. Nothing else is bounded: norms of rows, and the bias that a loss of
+gates moves while the direction is within its turn.
 """
 
 from __future__ import annotations
@@ -20,6 +27,7 @@ from sae_ray.reward.credit.base import CreditSettings, LatentState, RewardBatch,
 from sae_ray.reward.credit.gates import MIN_INFORMATION
 
 TURN_VERDICTS = 32.0  # effective verdicts at which half of `max_turn` is allowed
+MAX_RATE_CHANGE = 2.0  # factor on the share of contexts that a latent marks, in a round and with unlimited evidence
 
 
 def information(batch: RewardBatch) -> float:
@@ -42,6 +50,11 @@ def evidence_share(batch: RewardBatch) -> np.ndarray:
     return n / (n + TURN_VERDICTS)
 
 
+def rate_bound(batch: RewardBatch) -> np.ndarray:
+    """float64 [N]: by which factor a latent's verdicts allow the share of contexts that it marks to change."""
+    return np.asarray(MAX_RATE_CHANGE ** evidence_share(batch))
+
+
 def common_state(settings: CreditSettings, batch: RewardBatch, latent: LatentState) -> State:
     """What every estimator's state holds: whom it is about, how far they are trusted, and what was judged."""
     device, dtype = latent.W_enc_ND.device, latent.W_enc_ND.dtype
@@ -51,17 +64,21 @@ def common_state(settings: CreditSettings, batch: RewardBatch, latent: LatentSta
     return unit | {
         "latents": torch.tensor(batch.latents, device=device),
         "credit_N": torch.tensor(batch.credit_weight, dtype=dtype, device=device),
-        "W_judged_ND": _judged_rows(batch, latent.W_enc_ND),
+        "W_judged_ND": judged_rows(batch.judged_ND, latent.W_enc_ND),
         "turn_N": torch.tensor(settings.max_turn * evidence_share(batch), dtype=dtype, device=device),
         "sae_step": torch.tensor(batch.sae_step),
     }
 
 
-def _judged_rows(batch: RewardBatch, now_ND: torch.Tensor) -> torch.Tensor:
-    """[N, D]: the directions that verdicts are about, as long as encoder rows are now: judging takes many steps."""
-    if batch.judged_ND is None:
+def judged_rows(judged_ND: np.ndarray | None, now_ND: torch.Tensor) -> torch.Tensor:
+    """[N, D]: the directions that verdicts are about, as long as their rows are now: judging takes many steps.
+
+    Args:
+        judged_ND: None: the rows of now.
+    """
+    if judged_ND is None:
         return now_ND.clone()
-    unit_ND = F.normalize(torch.tensor(batch.judged_ND).to(now_ND), dim=1)
+    unit_ND = F.normalize(torch.tensor(judged_ND).to(now_ND), dim=1)
     return unit_ND * torch.linalg.vector_norm(now_ND, dim=1, keepdim=True)
 
 
@@ -76,11 +93,17 @@ def gate_at(settings: CreditSettings, state: State, threshold_N: torch.Tensor) -
     return (unit_N if settings.fitted_gates else threshold_N), unit_N
 
 
-def freshness(settings: CreditSettings, state: State, W_ND: torch.Tensor, step: int) -> torch.Tensor:
+def freshness(
+    settings: CreditSettings, state: State, W_ND: torch.Tensor, step: int, judged: str = "W_judged_ND"
+) -> torch.Tensor:
     """[N]: weights of old rewards, of latents that have moved since they were judged, and none beyond their turn; all
-    of them lower where alarms have cooled the round."""
+    of them lower where alarms have cooled the round.
+
+    Args:
+        W_ND: rows as they are; `judged` names what they were, in the state.
+    """
     age = settings.factor * age_weight(step - int(state["sae_step"]), settings.half_life_steps)
-    cos_N = F.cosine_similarity(W_ND.detach(), state["W_judged_ND"], dim=1).clamp(0, 1)
+    cos_N = F.cosine_similarity(W_ND.detach(), state[judged], dim=1).clamp(0, 1)
     taper_N = (2 - 2 * torch.acos(cos_N) / state["turn_N"].clamp(min=1e-6)).clamp(0, 1)
     return age * cos_N * taper_N
 
