@@ -180,8 +180,7 @@ def main() -> None:
             for cell in cells
             if (not args.methods or cell.method in args.methods) and (not args.worlds or cell.base.world in args.worlds)
         ]
-        for stage, cells in by_stage(args.grid, args.seeds, dict(args.set)).items()
-        if not args.stages or stage in args.stages
+        for stage, cells in by_stage(args.grid, args.seeds, dict(args.set), args.stages).items()
     }
     cells = [cell for of_stage in stages.values() for cell in of_stage]
     failed = 0

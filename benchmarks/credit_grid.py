@@ -35,6 +35,7 @@ SWEPT: dict[str, Any] = {"verdicts": 256, "noise": 0.1}  # where delays are swep
 LONGER: dict[str, Any] = {"steps": 3200}
 KEPT: dict[str, Any] = {**LONGER, "keep_rounds": 1}
 ROLLOUTS: dict[str, Any] = {"rollout_gamma": 0.07, "rollout_share": 0.125}
+BONUSES = (0.1, 1.0, 4.0)  # of a reward for simplicity: what a run has, and up to one that costs EV
 
 
 class Start(NamedTuple):
@@ -154,6 +155,18 @@ def combined(seed: int) -> list[Cell]:
             *BATCHTOPK.cells(seed, ["true_labels"], (0.02, 0.03), **LONGER)]  # fmt: skip
 
 
+def simplicity(seed: int) -> list[Cell]:
+    """Asking for simple features, as far as rewards reach an SAE: by what an estimator adds at selection."""
+    cells = []
+    for start in (BATCHTOPK, FAMILIES):
+        cells += [start.cell(seed, method) for method in ("base", "continued")]
+        cells += [start.cell(seed, "selection_bonus", rewards="simplicity", bonus=bonus) for bonus in BONUSES]
+        for alone in ("atomicity", "splitting"):
+            cells.append(start.cell(seed, "selection_bonus", rewards=alone, bonus=BONUSES[1]))
+        cells.append(start.cell(seed, "selection_bonus", rewards="simplicity", bonus=BONUSES[1], shuffled=True))
+    return cells
+
+
 def sweep(seed: int) -> list[Cell]:
     """Every estimator over verdicts and noise, and over staleness at one of them, in a world small enough for all."""
     cells = [SMALL.cell(seed, method, **HALF) for method in ("base", "continued", "probes")]
@@ -219,7 +232,9 @@ def smoke(seed: int) -> list[Cell]:
 # ---------------------------------------------------------------------- grids
 
 
-DECIDING = (teacher, parents, parents_at_8, controls, explanations, estimators, budgets, at_l0_4, combined)
+DECIDING = (
+    teacher, parents, parents_at_8, controls, explanations, estimators, budgets, at_l0_4, combined, simplicity,
+)  # fmt: skip
 GRIDS: dict[str, tuple[Callable[[int], list[Cell]], ...]] = {
     "smoke": (smoke,),
     "deciding": DECIDING,
@@ -230,6 +245,8 @@ LEFT_OUT = {
     "smoke": ["Everything: it only shows that the cells run."],
     "deciding": [
         "Estimators other than the teacher from any start but BatchTopK k 8, and their shuffled verdicts.",
+        "Rewards for simplicity with other estimators, which hear no reward, and from Matryoshka.",
+        "Rewards for short explanations: an oracle's are features' numbers and have no length.",
         "Verdict budgets, noise and staleness of other estimators: grid `sweep`, in the small world.",
         "The large world.",
     ],
@@ -244,15 +261,22 @@ LEFT_OUT = {
 }
 
 
-def by_stage(name: str, seeds: Iterable[int], settings: dict[str, Any]) -> dict[str, list[Cell]]:
+def by_stage(
+    name: str, seeds: Iterable[int], settings: dict[str, Any], only: Sequence[str] | None = None
+) -> dict[str, list[Cell]]:
     """The cells of a grid in the order of running, no cell twice; `settings` are changed in all of them.
 
     Of a stage the bases come first: workers train them side by side, and need not wait for each other.
+
+    Args:
+        only: the stages to take; None: all. What two of them share is the first one's.
     """
     seeds = list(seeds)[:1] if name == "smoke" else list(seeds)
     seen: set[str] = set()
     stages: dict[str, list[Cell]] = {}
     for stage in GRIDS[name]:
+        if only is not None and stage.__name__ not in only:
+            continue
         cells = [replace(cell, **settings) for seed in seeds for cell in stage(seed)]
         cells.sort(key=lambda cell: cell.method != "base")
         stages[stage.__name__] = new = []

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from credit_grid import LEFT_OUT, WITH_GAMMA
+from credit_grid import GRIDS, LEFT_OUT, WITH_GAMMA
 from credit_rows import WITHOUT_PATH, Record, Results, differences, interval, markdown, values
 from credit_sweep import is_sweep, sweep_tables
 from credit_targets import targets, verdict
@@ -19,12 +19,14 @@ from credit_targets import targets, verdict
 from sae_ray.evaluation.proving_ground import Cell
 
 DROPS = (0.01, 0.05)  # EV levels of the comparisons, below continued training's
-SHOWN = ("ev", "f1", "precision", "recall", "mcc", "absorption", "splitting", "uniqueness", "dead", "collapsed")
+SHOWN = ("ev", "f1", "precision", "recall", "mcc", "absorption", "splitting", "uniqueness", "dead", "collapsed",
+         "composed")  # fmt: skip
 INTRODUCTION = """\
 Numbers are means over seeds ± half the 95% t interval; differences are paired by seed. Metrics are at matched L0: one
 shift of all thresholds gives each SAE that many active latents per sample (fewer where it has not that many positive
 pre-activations: then its own L0 stands in the column). *collapsed* is the share of the latents that stood for a child
-and now fire for a parent of it. Verdicts are 512 per latent in two rounds, 10% flipped, unless a row says otherwise."""
+and now fire for a parent of it; *composed* is the mean share of a decoder row that three true features explain beyond
+the best of them. Verdicts are 512 per latent in two rounds, 10% flipped, unless a row says otherwise."""
 
 
 def report(name: str, stages: Mapping[str, Sequence[Cell]], records: Sequence[Record]) -> str:
@@ -36,7 +38,7 @@ def report(name: str, stages: Mapping[str, Sequence[Cell]], records: Sequence[Re
     results = Results(records)
     parts = ["# The bake-off's tables", _provenance(name, stages, records)]
     if name != "sweep":  # no target is asked of it
-        parts += [INTRODUCTION, _targets(results)]
+        parts += [INTRODUCTION, *_targets(results)]
     for start in results.cells:
         parts.append(f"## {start[0].upper()}{start[1:]}")
         if is_sweep(start):
@@ -62,10 +64,12 @@ def _provenance(name: str, stages: Mapping[str, Sequence[Cell]], records: Sequen
     return "\n".join(lines[:1]) + "\n\n" + "\n".join(lines[1:])
 
 
-def _targets(results: Results) -> str:
+def _targets(results: Results) -> list[str]:
+    """Nothing where no cell of any target was run."""
     head = ("target", "measured", "", "shuffled verdicts", "true labels")
-    rows = [(found.target, found.measured, verdict(found), found.shuffled, found.truth) for found in targets(results)]
-    return "## Targets\n\n" + markdown(head, rows)
+    of_all = targets(results)
+    rows = [(found.target, found.measured, verdict(found), found.shuffled, found.truth) for found in of_all]
+    return ["## Targets\n\n" + markdown(head, rows)] if any(found.met is not None for found in of_all) else []
 
 
 def _any_at(results: Results, start: str, l0: int) -> bool:
@@ -121,6 +125,9 @@ def _left_out(name: str, stages: Mapping[str, Sequence[Cell]], records: Sequence
         missing = sum(cell.key not in done for cell in cells)
         if missing:
             lines.append(f"- Not run (yet): {missing} of {len(cells)} cells of stage `{stage}`.")
+    others = [stage.__name__ for stage in GRIDS[name] if stage.__name__ not in stages]
+    if others:
+        lines.append(f"- Not in this table: the stages {', '.join(f'`{stage}`' for stage in others)} of the grid.")
     return "## What was left out\n\n" + "\n".join(lines)
 
 

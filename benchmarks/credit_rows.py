@@ -19,7 +19,9 @@ Row = dict[str, float]
 # Of Student's t, two-sided 95%, by degrees of freedom; from 10 on its expansion in 1 / df is right to .001.
 T95 = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 STEPS = Cell(Base(), "base").steps
-METRICS = ("l0", "ev", "f1", "precision", "recall", "mcc", "absorption", "splitting", "uniqueness", "dead")
+METRICS = (
+    "l0", "ev", "f1", "precision", "recall", "mcc", "absorption", "splitting", "uniqueness", "dead", "composed",
+)  # fmt: skip
 # They are no point between continued training and anything.
 WITHOUT_PATH = ("base", "probes", "verdict_probes")
 PHRASES: dict[str, Callable[[Any], str]] = {
@@ -39,6 +41,8 @@ PHRASES: dict[str, Callable[[Any], str]] = {
     "rollout_share": lambda p: f"{p:.0%} of verdicts on rollouts",
     "reader_cosine": lambda x: f"readers at cosine {x:g}",
     "half_life_steps": lambda n: f"half-life {n:g} steps",
+    "rewards": lambda name: f"rewarded for {name}",
+    "bonus": lambda x: f"bonus {x:g}",
 }
 
 
@@ -62,6 +66,8 @@ def label(cell: Mapping[str, Any]) -> str:
     named = ("base", "method", "k", "gamma", "steps", "pool")
     unusual = [(key, value) for key, value in cell.items() if key not in named and value != usual[key]]
     said = [PHRASES[key](value) if key in PHRASES else f"{key} {value}" for key, value in unusual]
+    if cell.get("rewards", usual["rewards"]) != usual["rewards"]:  # then verdicts teach nothing
+        said = [text.replace("shuffled verdicts", "shuffled rewards") for text in said]
     return ", ".join([cell["method"], *said])
 
 
@@ -82,10 +88,14 @@ class Results:
             of_start.setdefault(label(cell), {}).setdefault(gamma, {})[cell["base"]["seed"]] = record
 
     def rows(self, start: str, name: str, gamma: float, l0: int) -> dict[int, Row]:
-        """Metrics at matched L0, by seed."""
+        """Metrics at matched L0, by seed; NaN for one that was not measured yet when the cell ran."""
         found = self.cells.get(start, {}).get(name, {}).get(gamma, {})
         return {
-            seed: {**{key: r["matched"][str(l0)][key] for key in METRICS}, "gamma": gamma, "collapsed": r["collapsed"]}
+            seed: {
+                **{key: r["matched"][str(l0)].get(key, math.nan) for key in METRICS},
+                "gamma": gamma,
+                "collapsed": r["collapsed"],
+            }
             for seed, r in found.items()
             if str(l0) in r["matched"]
         }

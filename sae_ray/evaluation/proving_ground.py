@@ -41,6 +41,7 @@ from sae_ray.evaluation.proving_ground_readout import (
     readout,
 )
 from sae_ray.evaluation.proving_ground_rounds import Rounds, margin
+from sae_ray.evaluation.proving_ground_simplicity import PARTS, Rewarding, SimplicityRewards
 from sae_ray.evaluation.synthetic_judge import Explaining, JudgeErrors, OracleJudge
 from sae_ray.evaluation.synthetic_matching import best_features
 from sae_ray.evaluation.synthetic_metrics import Truth, collapsed, detect
@@ -53,6 +54,7 @@ CONTROLS = ("base", "continued", "true_labels", "probes", "verdict_probes")
 PROBE_STEPS, PROBE_BATCHES = 1500, 100
 YOUNGER = (
     "keep_rounds", "fitted_gates", "max_fvu_rise", "max_l0_fall", "rollout_gamma", "rollout_share", "reader_cosine",
+    "rewards", "bonus",
 )  # fmt: skip
 WATCHED = 5000  # held-out samples that metrics during fine-tuning, and what a latent stands for, are of
 
@@ -74,6 +76,9 @@ class Cell:
         fitted_gates: `rlaif.gate_threshold: fitted`.
         rollout_gamma: of an estimator's part that learns from rollouts; None: gamma.
         rollout_share: of the verdicts, on generations instead of samples, where an estimator learns from both.
+        rewards: what a round's rewards are made of: the verdicts, or how simple the decoder's rows are (see
+            `proving_ground_simplicity`); shuffled deals these anew over the latents too.
+        bonus: `rlaif.bonus`, the strength of a selection bonus.
         reader_cosine: between where the steered model writes a feature and where it reads it; see `SteeredWriter`.
     """
 
@@ -103,6 +108,8 @@ class Cell:
     rollout_gamma: float | None = None
     rollout_share: float = 0.5
     reader_cosine: float = 1.0
+    rewards: Rewarding = "verdicts"
+    bonus: float = 0.1
 
     def __post_init__(self) -> None:
         if self.method not in CONTROLS and self.method not in ESTIMATORS:
@@ -113,6 +120,11 @@ class Cell:
                 f"cell: max_fvu_rise and max_l0_fall need an estimator and delay_steps above 0, not {self.method} and "
                 f"{self.delay_steps}"
             )
+        if self.rewards not in PARTS:
+            raise UserError(f"cell: rewards {self.rewards!r} are unknown; known: {', '.join(PARTS)}")
+        if PARTS[self.rewards] and not (self.method in ESTIMATORS and ESTIMATORS[self.method].uses_reward):
+            using = ", ".join(name for name, kind in ESTIMATORS.items() if kind.uses_reward)
+            raise UserError(f"cell: rewards {self.rewards}: {self.method} uses no reward; estimators that do: {using}")
         if self.keep_rounds and self.method == "policy_gradient":
             raise UserError("cell: keep_rounds keeps verdicts on samples, and policy_gradient asks for none")
 
@@ -201,11 +213,12 @@ def fine_tune(
     judge = oracle(cell, ground)
     rng = np.random.default_rng([cell.base.seed, 11])
     settings = CreditSettings(
-        cell.gamma, cell.slope, cell.shrink, cell.half_life_steps, fitted_gates=cell.fitted_gates,
+        cell.gamma, cell.slope, cell.shrink, cell.half_life_steps, bonus=cell.bonus, fitted_gates=cell.fitted_gates,
         rollout_gamma=cell.rollout_gamma,
     )  # fmt: skip
     memory = VerdictMemory(cell.keep_rounds, cell.half_life_steps) if cell.keep_rounds else None
-    rounds = Rounds(ground, cell.pool, judge, _asking(cell), rng, memory, cell.rollouts, cell.reader_cosine)
+    simplicity = SimplicityRewards(cell.rewards, cell.base.seed) if PARTS[cell.rewards] else None
+    rounds = Rounds(ground, cell.pool, judge, _asking(cell), rng, memory, cell.rollouts, cell.reader_cosine, simplicity)
     hold = GammaHold(cell.max_fvu_rise, cell.max_l0_fall) if cell.holds else None
     per_round = cell.steps // cell.rounds
     truth = TruthGate(cell.gamma, cell.slope)

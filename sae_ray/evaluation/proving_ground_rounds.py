@@ -16,6 +16,7 @@ import torch
 from sae_ray.evaluation.proving_ground_base import Ground
 from sae_ray.evaluation.proving_ground_evidence import Asking, Pool, ask, explained
 from sae_ray.evaluation.proving_ground_rollouts import SteeredWriter, steered_rollouts
+from sae_ray.evaluation.proving_ground_simplicity import SimplicityRewards
 from sae_ray.evaluation.synthetic_judge import OracleJudge
 from sae_ray.reward.credit import RewardBatch
 from sae_ray.reward.evidence import ContextScan
@@ -31,6 +32,7 @@ class Rounds:
         memory: what keeps verdicts; None: each round stands alone. Rollouts are always the newest round's.
         rollouts: judged generations per latent and round, besides the verdicts of `asking`.
         reader_cosine: of the model that writes them.
+        simplicity: what rewards latents; None: their verdicts do.
     """
 
     def __init__(
@@ -43,9 +45,10 @@ class Rounds:
         memory: VerdictMemory | None,
         rollouts: int = 0,
         reader_cosine: float = 1.0,
+        simplicity: SimplicityRewards | None = None,
     ):
         self._ground, self._samples, self._judge, self._asking, self._rng = ground, samples, judge, asking, rng
-        self._memory, self._rollouts = memory, rollouts
+        self._memory, self._rollouts, self._simplicity = memory, rollouts, simplicity
         self._writer = SteeredWriter(ground.world, reader_cosine=reader_cosine)
         self._pools: list[Pool] = []
 
@@ -55,6 +58,9 @@ class Rounds:
         margin_TM = margin(trainer, pool)
         feature_M = explained(self._judge, self._asking, margin_TM, pool)
         rows = ask(self._judge, self._asking, margin_TM, pool, step, index, self._rng, feature_M)
+        if self._simplicity is not None:
+            reward_N = self._simplicity.rewards(trainer.W_dec_mD, margin_TM >= 0, feature_M, rows.latents)
+            rows = replace(rows, reward=self._rng.permutation(reward_N) if self._asking.shuffled else reward_N)
         if not self._rollouts:
             return self._remembered(trainer, rows, pool, margin_TM, feature_M)
         rollouts = steered_rollouts(

@@ -1,7 +1,7 @@
 """How well an SAE found a synthetic world's features.
 
 EV, L0, F1, precision, recall, MCC, uniqueness and dead are what SAELens's `eval_sae_on_synthetic_data` reports, by its
-definitions (`benchmarks/synthetic_check.py` compares the numbers). Absorption and splitting are defined here.
+definitions (`benchmarks/synthetic_check.py` compares the numbers). Absorption, splitting and composed are defined here.
 
 Suffixes: N samples, M latents, F features, D d_in.
 """
@@ -16,9 +16,11 @@ import torch
 
 from sae_ray.evaluation.synthetic_matching import best_features, cosines, mcc, uniqueness
 from sae_ray.evaluation.synthetic_worlds import Forest
+from sae_ray.reward.atomicity import MetaDictionary, compositions, unit_rows
 
 # By how much a second latent must raise a feature's F1 before the feature counts as split between the two.
 SPLIT_GAIN = 0.03
+COMPOSED_OF = 3  # features at most: a child, its parent and its grandparent
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,9 @@ class SyntheticMetrics:
     absorption: over tracked features with children, the share of the samples showing a child in which the parent's
     latent is silent (1 - parent recall given a child); recall_alone: that latent's recall where the parent shows and
     no child does. splitting: share of tracked features that an OR of two latents detects better than the best single
-    one, by more than SPLIT_GAIN of F1. NaN where no feature is concerned.
+    one, by more than SPLIT_GAIN of F1. NaN where no feature is concerned. composed: mean over latents of the share of
+    the decoder row's squared length that COMPOSED_OF features explain together beyond what the best of them does:
+    `reward.atomicity`'s measure with the true features for atoms. Directions that are no feature's have some too.
     """
 
     l0: float
@@ -49,6 +53,7 @@ class SyntheticMetrics:
     splitting: float
     tracked: int
     tracked_parents: int
+    composed: float
 
 
 class Truth(NamedTuple):
@@ -75,6 +80,7 @@ class Matching(NamedTuple):
     tracker_F: torch.Tensor
     mcc: float
     uniqueness: float
+    composed: float
 
 
 def match(W_dec_MD: torch.Tensor, directions_FD: torch.Tensor) -> Matching:
@@ -83,6 +89,7 @@ def match(W_dec_MD: torch.Tensor, directions_FD: torch.Tensor) -> Matching:
         trackers(W_dec_MD, directions_FD),
         mcc(W_dec_MD, directions_FD),
         uniqueness(W_dec_MD, directions_FD),
+        composed(W_dec_MD, directions_FD),
     )
 
 
@@ -117,6 +124,7 @@ def measure(
         splitting=splitting(fires_NM, truth.on_NF, tracked),
         tracked=len(tracked),
         tracked_parents=parents,
+        composed=matching.composed,
     )
 
 
@@ -147,6 +155,13 @@ def trackers(W_dec_MD: torch.Tensor, directions_FD: torch.Tensor) -> torch.Tenso
     for latent in strength_M.argsort().tolist():  # the most parallel one is written last
         tracker_F[best_M[latent]] = latent
     return tracker_F
+
+
+def composed(W_dec_MD: torch.Tensor, directions_FD: torch.Tensor) -> float:
+    """How far latents' directions are sums of several features'; see SyntheticMetrics."""
+    n_features = len(directions_FD)
+    features = MetaDictionary(unit_rows(directions_FD)[0], torch.ones(n_features, dtype=torch.int64), COMPOSED_OF, 1, 0)
+    return float(compositions(W_dec_MD, features, shared_by=0).composed.nanmean())
 
 
 def absorption(

@@ -131,8 +131,7 @@ class RewardParts:
     def rewards_of(self, combined: Combined, latents: np.ndarray) -> np.ndarray:
         """float32 [N] of these latents, as `RewardBatch.reward`; NaN is missing."""
         unit = self._settings.clip * math.hypot(*self._settings.weights.model_dump().values())
-        by_latent = dict(zip(combined.latents.tolist(), combined.advantage.tolist(), strict=True))
-        return np.array([by_latent.get(int(latent), math.nan) / unit for latent in latents], dtype=np.float32)
+        return combined.rewards_of(latents, unit)
 
     # -- the parts ------------------------------------------------------------------------------------
 

@@ -40,6 +40,11 @@ class Combined:
     coverage: np.ndarray
     log: dict[str, float]
 
+    def rewards_of(self, latents: np.ndarray, unit: float) -> np.ndarray:
+        """The advantages of these latents over `unit`, float32 [N], as `RewardBatch.reward`; NaN is missing."""
+        by_latent = dict(zip(self.latents.tolist(), self.advantage.tolist(), strict=True))
+        return np.array([by_latent.get(int(latent), math.nan) / unit for latent in latents], dtype=np.float32)
+
 
 class RewardCombiner:
     """Weights, and the running baseline and scale of each part that has one.

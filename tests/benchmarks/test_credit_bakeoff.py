@@ -7,7 +7,7 @@ import math
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from benchmark_scripts import load
@@ -69,6 +69,22 @@ def test_settings_are_changed_in_all_cells_and_a_smoke_grid_has_one_seed():
     stages = grid.by_stage("smoke", [0, 1], {"gamma": 0.7})
     assert {(cell.gamma, cell.base.seed) for cell in stages["smoke"]} == {(0.7, 0)}
     assert all(name in report.LEFT_OUT for name in grid.GRIDS)
+
+
+def test_a_stage_that_is_run_alone_has_the_cells_it_shares_and_simplicity_has_its_controls():
+    whole, alone = (grid.by_stage("deciding", [0], {}, only) for only in (None, ["simplicity"]))
+    assert list(alone) == ["simplicity"]
+    before = {cell.key for stage, cells in whole.items() if stage != "simplicity" for cell in cells}
+    shared = [cell for cell in alone["simplicity"] if cell.key in before]
+    assert {(cell.method, cell.base.world) for cell in shared} == {
+        (method, world) for method in ("base", "continued") for world in ("research", "parent_child")
+    }
+    asked = [cell for cell in alone["simplicity"] if cell not in shared]
+    assert asked == whole["simplicity"]
+    assert {cell.rewards for cell in asked} == {"atomicity", "splitting", "simplicity"}
+    assert len({cell.bonus for cell in asked}) >= 3
+    for cell in asked:
+        assert not cell.shuffled or replace(cell, shuffled=False) in asked
 
 
 # ---------------------------------------------------------------------- running
@@ -163,6 +179,30 @@ def test_what_is_unusual_of_a_cell_is_in_its_label_and_its_seed_and_gamma_are_no
     assert rows.label(cell) == "teacher_gate, 128 verdicts, explained against random negatives"
     assert rows.start_of(cell) == "research, batchtopk k 8"
     assert rows.start_of({**cell, "k": 4}) == "research, batchtopk k 8 tuned at k 4"
+    asked = asdict(grid.BATCHTOPK.cell(0, "selection_bonus", rewards="atomicity", bonus=2.0, shuffled=True))
+    assert rows.label(asked) == "selection_bonus, shuffled rewards, rewarded for atomicity, bonus 2"
+    assert rows.label({**asked, "rewards": "verdicts", "bonus": 0.1}) == "selection_bonus, shuffled verdicts"
+
+
+def test_records_of_before_a_metric_or_a_setting_was_there_are_still_read():
+    old = both_seeds()
+    for each in old:
+        del each["cell"]["rewards"], each["cell"]["bonus"]
+        for at in each["matched"].values():
+            del at["composed"]
+    results = rows.Results(old)
+    assert results.rows(B8, "continued", 0.0, 8)[0]["f1"] == 0.60
+    assert math.isnan(results.rows(B8, "continued", 0.0, 8)[0]["composed"])
+    assert "| composed |" in report.report("deciding", grid.by_stage("deciding", [0, 1], {}), old)
+
+
+def test_a_report_of_some_stages_names_the_others_and_no_targets_that_nobody_ran():
+    cells = [record(grid.BATCHTOPK, "continued", s, 0.6) for s in (0, 1)]
+    cells += [record(grid.BATCHTOPK, "selection_bonus", s, 0.6, rewards="simplicity") for s in (0, 1)]
+    text = report.report("deciding", grid.by_stage("deciding", [0, 1], {}, ["simplicity"]), cells)
+    assert "## Targets" not in text
+    assert "the stages `teacher`, `parents`" in text
+    assert "| selection_bonus, rewarded for simplicity |" in text
 
 
 def test_an_interval_is_students_and_missing_values_are_left_out_and_never_zero():
