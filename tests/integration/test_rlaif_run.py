@@ -169,9 +169,9 @@ def numbers(run: Path) -> list[dict[str, float]]:
 
 def test_a_replay_has_the_losses_of_the_run_and_asks_no_judge(ray_session, tmp_path):
     address = {"address": ray.get_runtime_context().gcs_address}
-    # Enough of each that some explanation is trusted, of a judge that knows the words it is asked about.
-    rlaif = {**LOOP["rlaif"], "latents": 16, "positives": 10, "near_misses": 4, "siblings": 4, "randoms": 6}
-    loop = {**LOOP, "rlaif": rlaif}
+    # A judge that knows the words it is asked about, latents of few words, and texts enough: some are trusted.
+    texts = {"latents": 24, "max_context_share": 0.35, "positives": 16, "near_misses": 0, "siblings": 0, "randoms": 16}
+    loop = {"trainer": LOOP["trainer"], "rlaif": {**LOOP["rlaif"], **texts}}
     with word_judge() as url:
         judge = {"endpoint": url, "calibration": {"concepts": 8}}
         train(write_config(tmp_path, name="taught", ray=address, judge=judge, **loop), timeout=400)
@@ -181,7 +181,10 @@ def test_a_replay_has_the_losses_of_the_run_and_asks_no_judge(ray_session, tmp_p
     assert not any(credit[:at_step])
     assert credit[at_step] > 0, "a run that was taught nothing is repeated by any training"
     # Nobody could serve this model.
-    config = write_config(tmp_path, name="replay", ray=address, judge={"model": "/no/such/model"}, **loop)
+    evaluation = LOOP["evaluation"]
+    config = write_config(
+        tmp_path, name="replay", ray=address, judge={"model": "/no/such/model"}, evaluation=evaluation, **loop
+    )
     train(config, "--replay-rewards", str(taught), timeout=300)
     run = tmp_path / "runs" / "replay"
     assert numbers(run) == numbers(taught)
