@@ -33,12 +33,12 @@ class LoopConfig(Section):
     max_fvu_rise: Annotated[float, Field(gt=0)] | None = Field(
         None,
         description="share by which RLAIF may raise the training FVU above what it was when rewards first came: gamma "
-        "is lowered to hold it; null: not held",
+        "is lowered to hold it, and never raised above itself to reach it; deltas are not held; null: not held",
     )
     max_l0_fall: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None,
         description="share by which RLAIF may lower the training L0 (gates that close leave fewer than k): gamma is "
-        "lowered to hold it; null: not held",
+        "lowered to hold it, as with max_fvu_rise; null: not held",
     )
     gate_threshold: Literal["moving", "fitted"] = Field(
         "moving",

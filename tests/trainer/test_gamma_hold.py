@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from sae_ray.config.judging import RLAIFConfig
 from sae_ray.reward.credit import RewardBatch
 from sae_ray.trainer import checkpoint
 from sae_ray.trainer.collectives import Collectives
-from sae_ray.trainer.gamma_hold import FVU_START, LEAST, GammaHold, hold_of
+from sae_ray.trainer.gamma_hold import FVU_START, L0_START, LEAST, GammaHold, hold_of
 from sae_ray.trainer.mesh import Mesh
 from sae_ray.trainer.rank import TrainerRank
 from sae_ray.trainer.sharded_sae import ShardedTrainer
 
 START_FVU, START_L0 = 0.25, 8.0
+DATA = batches(60)
 
 
 def simulated(
@@ -100,6 +102,33 @@ def test_before_rewards_come_nothing_is_held_and_set_points_are_of_when_they_fir
     assert float(hold.weight) < 1
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+def test_a_set_point_is_of_the_level_when_rewards_came_though_fvu_was_falling(noise):
+    """By a seventh in 60 steps: a running mean says what it was a while ago."""
+    found = []
+    for seed in range(8):
+        rng, hold = np.random.default_rng(seed), GammaHold(0.1, 0.1)
+        for step in range(300):
+            fvu = 0.25 * 0.9975 ** (step - 299) * (1 + noise * rng.normal())
+            hold.observe(torch.tensor(fvu), torch.tensor(START_L0))
+        hold.begin()
+        assert float(hold.state[L0_START]) == pytest.approx(START_L0)
+        found.append(float(hold.state[FVU_START]) / 0.25)
+    assert np.mean(found) == pytest.approx(1, abs=0.01)
+    assert np.std(found) < 0.3 * noise + 1e-9
+
+
+def test_a_first_step_far_off_leaves_no_set_point_below_0():
+    hold = GammaHold(0.1, 0.1)
+    for step in range(6):
+        hold.observe(torch.tensor(0.1 if step else 10.0), torch.tensor(START_L0))
+        if step:
+            again = GammaHold(0.1, 0.1)
+            again.load(hold.state)
+            again.begin()
+            assert 0 < float(again.state[FVU_START]) < 10
+
+
 @pytest.mark.parametrize("of_l0", [False, True])
 def test_rewards_that_come_before_any_step_are_held_to_the_first_step(of_l0):
     """On-policy fine-tuning: the second round must not take the damage of the first as its set point."""
@@ -142,46 +171,70 @@ class PullAllDown:
         return {}
 
 
-def tuned(max_fvu_rise: float | None, max_l0_fall: float | None, strength: float = 3.0) -> tuple[Any, Any]:
-    """(FVU, L0) over the start's, means of the last steps, and the hold, after 300 steps of this credit."""
+@cache
+def learning() -> tuple[ShardedTrainer, list[list[float]], np.ndarray]:
+    """A trainer whose FVU still falls by a seventh in 60 steps, the levels of its steps, and what they are at its end:
+    of all batches, at weights that stand still."""
     sae, cfg = configs("batchtopk")
     cfg = cfg.model_copy(update={"lr_final": cfg.lr})
     trainer = ShardedTrainer(sae, cfg, D_IN, 0, Collectives(Mesh.alone()))
     trainer.initialise(batches(1)[0])
-    data, seen = batches(60), []
-    for raw in data * 5:  # until FVU falls slowly: what it is held to is the mean of some fifty steps
-        trainer.step(raw, len(raw))
-        seen.append([float(level) for level in trainer.levels])
-    start = np.mean(seen[-30:], axis=0)
-    hold = GammaHold(max_fvu_rise, max_l0_fall)
-    free = max_fvu_rise is None and max_l0_fall is None
-    for levels in [] if free else seen:
-        hold.observe(*torch.tensor(levels))
-    hold.begin()
-    credit, seen = PullAllDown(strength), []
-    held = credit if free else hold.held(credit)
-    for step in range(300):
-        raw = data[step % len(data)]
-        trainer.step(raw, len(raw), held)
-        if not free:
+    seen = steps(trainer, 300)
+    still = trainer.fork()
+    still.cfg = cfg.model_copy(update={"lr": 1e-12, "lr_final": 1e-12})
+    return trainer, seen, np.mean(steps(still, len(DATA)), axis=0)
+
+
+def steps(trainer: ShardedTrainer, n: int, credit: Any = None, hold: GammaHold | None = None) -> list[list[float]]:
+    """FVU and L0 of each."""
+    seen = []
+    for step in range(n):
+        raw = DATA[step % len(DATA)]
+        trainer.step(raw, len(raw), credit)
+        if hold is not None:
             hold.observe(*trainer.levels)
         seen.append([float(level) for level in trainer.levels])
-    return np.mean(seen[-100:], axis=0) / start, hold
+    return seen
 
 
-def test_a_real_trainers_fvu_is_held_against_a_ruinous_credit():
-    free, _ = tuned(None, None)
-    assert free[0] > 3  # what there is to hold
-    held, hold = tuned(0.1, None)
-    assert held[0] < 1.5  # the weight swings about what just keeps FVU at 1.1: gates open more slowly than they close
-    assert 0 < float(hold.weight) < 0.9
+def tuned(max_fvu_rise: float | None, max_l0_fall: float | None, strength: float) -> tuple[np.ndarray, GammaHold]:
+    """(FVU, L0) over what they were, means of the last two times through the batches, and the hold, after six."""
+    trainer, before, start = learning()
+    hold = GammaHold(max_fvu_rise, max_l0_fall)
+    for levels in before:
+        hold.observe(*torch.tensor(levels))
+    hold.begin()
+    seen = steps(trainer.fork(), 6 * len(DATA), hold.held(PullAllDown(strength)), hold)
+    return np.mean(seen[-2 * len(DATA) :], axis=0) / start, hold
 
 
-def test_a_real_trainers_l0_is_held_where_gates_close():
-    free, _ = tuned(None, None)
-    assert free[1] < 0.8
-    held, _ = tuned(None, 0.05)
-    assert held[1] > 0.93
+def test_what_a_credit_that_nothing_holds_does_to_a_real_trainer():
+    trainer, _, start = learning()
+    fvu, l0 = np.mean(steps(trainer.fork(), 120, PullAllDown(3.0))[-60:], axis=0) / start
+    assert fvu > 3
+    assert l0 < 0.8
+
+
+@pytest.mark.parametrize("strength", [0.3, 3.0])
+def test_a_real_trainers_fvu_is_held_at_its_set_point(strength):
+    held, hold = tuned(0.1, None, strength)
+    assert held[0] == pytest.approx(1.1, abs=0.25 * 0.1)
+    assert 0 < float(hold.weight) < 0.95
+
+
+@pytest.mark.parametrize("strength", [1.0, 3.0])
+def test_a_real_trainers_l0_is_held_at_its_set_point(strength):
+    held, _ = tuned(None, 0.05, strength)
+    assert held[1] == pytest.approx(0.95, abs=0.25 * 0.05)
+
+
+def test_where_both_are_held_the_nearer_set_point_decides_and_the_other_is_kept():
+    held, _ = tuned(0.1, 0.05, 3.0)
+    assert held[0] == pytest.approx(1.1, abs=0.25 * 0.1)
+    assert held[1] > 0.95
+    held, _ = tuned(20.0, 0.05, 3.0)
+    assert held[0] < 21
+    assert held[1] == pytest.approx(0.95, abs=0.25 * 0.05)
 
 
 def test_a_weight_of_one_changes_no_bit():
@@ -267,7 +320,7 @@ def test_a_resumed_rank_holds_on_as_if_it_had_never_stopped(tmp_path: Path):
     resumed.load(str(path))
     assert windows(resumed, range(8, 10)) == windows(rank, range(8, 10))
     tensors, _ = checkpoint.load_full(path)
-    assert tensors["gamma_hold"].shape == (9,)
+    assert tensors["gamma_hold"].shape == (11,)
     off = rank_of()  # a run that holds nothing reads it all the same
     off.load(str(path))
     assert "gamma_weight" not in windows(off, range(8, 9))[0]
