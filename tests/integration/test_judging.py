@@ -32,9 +32,9 @@ SETTINGS = {
     "judging.positives": 6,
     "judging.negatives": 6,
     "judging.min_contexts": 16,
-    "judging.random_directions": 3,
+    "judging.random_directions": 2,
     "judging.baselines": "[residual relu]",
-    "judging.baseline_neurons": 3,
+    "judging.baseline_neurons": 2,
     "judging.batch_latents": 3,
     "judge.kv_cache_gb": 0.5,
     "judge.mode": "likelihood",
@@ -55,7 +55,7 @@ def judge(sae: Path, folder: Path, *options: str, **settings: object) -> subproc
     chosen = {**SETTINGS, "runs_dir": str(folder), **settings}
     sets = [part for key, value in chosen.items() for part in ("--set", f"{key}={value}")]
     return subprocess.Popen(
-        [sys.executable, "-m", "sae_ray.cli", "judge", str(sae), "--latents", "0:12", *sets, *options],
+        [sys.executable, "-m", "sae_ray.cli", "judge", str(sae), "--latents", "0:9", *sets, *options],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160"},
     )  # fmt: skip
