@@ -141,8 +141,8 @@ def test_the_rollout_gradient_is_leave_one_out_and_points_up():
     centred = rollouts.reward.astype(float) - rollouts.reward.astype(float).mean()
     np.testing.assert_allclose(by_model.numpy()[:8], centred * 8 / 7 * 0.1 / 8, rtol=1e-4)
     many = with_rollouts(make_world(), n=4000).batch.rollouts
-    W = world.latent.W_enc_ND
-    w = world.latent.W_dec_ND[0].clone().requires_grad_()  # what is steered along
+    W = world.latent.W_dec_ND  # what is steered
+    w = W[0].clone().requires_grad_()
     (slope,) = torch.autograd.grad(w[0] / w.norm(), w)
     assert float(torch.cosine_similarity(rloo_gradient(many, 7, W), slope, dim=0)) > 0.9
     plain = dataclasses.replace(rollouts, perturbation=None, log_prob_grad=grad)
