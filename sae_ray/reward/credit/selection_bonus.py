@@ -27,7 +27,8 @@ class SelectionBonus(CreditEstimator):
     with n its effective verdicts. Sparsity decides what an absorbed parent loses; this attacks that cause: in a
     topk-like SAE latent j is selected where `pre_j + bonus_j * threshold` is among the largest, in jumprelu an active
     pair of it costs `1 - bonus_j` of the common price. The advantages of the round sum to zero, so that L0 at
-    inference, which has no bonus, stays near the training's.
+    inference, which has no bonus, stays near the training's. It decides on which samples a latent learns, and turns no
+    direction: rewards for simple directions cured none that were not (docs/credit.md).
     """
 
     uses_reward: ClassVar[bool] = True
